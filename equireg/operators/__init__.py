@@ -1,0 +1,28 @@
+"""Measurement operators: what is measured of an image, and with which noise."""
+
+from equireg.operators.base import LinearOperator, Operator
+from equireg.operators.blur import Blur, GaussianDeblur, MotionDeblur
+from equireg.operators.conjugate_gradients import conjugate_gradients
+from equireg.operators.inpainting import BoxInpainting, Inpainting, RandomInpainting
+from equireg.operators.motion_kernel import motion_kernel
+from equireg.operators.separable import SeparableOperator
+from equireg.operators.super_resolution import SuperResolution
+from equireg.operators.svd import KroneckerSVD, MaskSVD, OperatorSVD
+
+__all__ = [
+    "Blur",
+    "BoxInpainting",
+    "GaussianDeblur",
+    "Inpainting",
+    "KroneckerSVD",
+    "LinearOperator",
+    "MaskSVD",
+    "MotionDeblur",
+    "Operator",
+    "OperatorSVD",
+    "RandomInpainting",
+    "SeparableOperator",
+    "SuperResolution",
+    "conjugate_gradients",
+    "motion_kernel",
+]
