@@ -1,0 +1,127 @@
+"""Autoencoders: the first stage of latent diffusion, and the manifold-preferential equivariant function of the paper."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor, nn
+
+from equireg.priors.networks import fold, unfold
+from equireg.weights import RANDOM, load_state, load_weights, save_weights
+
+CLASSES = {"kl": AutoencoderKL, "vq": VQModel}
+
+
+class Autoencoder(nn.Module):
+    """diffusers' AutoencoderKL or VQModel with a deterministic encoder, for images in [-1, 1].
+
+    Args:
+        weights: a .safetensors file of this library, or "random" for untrained weights, which need ``family`` and
+            ``network``.
+        family: "kl" (AutoencoderKL) or "vq" (VQModel); read from ``weights`` when left out.
+        network: arguments of that class; read from ``weights`` when left out, checked against them otherwise. Its channels
+            are those after folding.
+        space_to_depth: side of the blocks of pixels folded into channels in front of the encoder.
+
+    Raises:
+        FileNotFoundError: if the weights are not there.
+        ValueError: if they are damaged or of another architecture, or if random ones come without ``network``.
+    """
+
+    kind = "autoencoder"
+
+    def __init__(
+        self,
+        weights: str,
+        family: Literal["kl", "vq"] | None = None,
+        network: dict[str, Any] | None = None,
+        space_to_depth: int | None = None,
+    ) -> None:
+        super().__init__()
+        asked = {"family": family, "network": network, "space_to_depth": space_to_depth}
+        described, state = ({}, None) if weights == RANDOM else load_weights(weights, self.kind)
+        for name, value in asked.items():
+            if value is None:
+                asked[name] = described.get(name)
+            elif name in described and value != described[name]:
+                raise ValueError(f"{name}={value!r} contradicts weights={weights!r}, made with {described[name]!r}")
+        if asked["family"] is None or asked["network"] is None:
+            raise ValueError(
+                "weights='random' needs family='kl' or 'vq' and the arguments of that class: network={...}"
+            )
+        asked["space_to_depth"] = asked["space_to_depth"] or 1
+        self.description = {"kind": self.kind} | asked
+        self.space_to_depth: int = asked["space_to_depth"]
+        self.family: Literal["kl", "vq"] = asked["family"]
+        try:
+            self.net = CLASSES[self.family](**asked["network"])
+        except TypeError as error:
+            raise ValueError(f"network: {error}") from error
+        if state is not None:
+            load_state(self.net, state, weights)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.net.config.in_channels // self.space_to_depth**2
+
+    @property
+    def factor(self) -> int:
+        """Side of the image pixels behind one latent pixel."""
+        return self.space_to_depth * 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Raises ValueError when the autoencoder cannot take images of this (C, H, W)."""
+        channels, height, width = shape
+        if channels != self.channels:
+            raise ValueError(f"images have {channels} channels, the autoencoder was trained on {self.channels}")
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"image sides {height}x{width} must be multiples of the autoencoder's factor {self.factor}"
+            )
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Output of the encoder: mean and log-variance (B, 2c, h, w) of a KL one, the latent (B, c, h, w) of a VQ one."""
+        h = self.net.encoder(fold(x, self.space_to_depth))
+        return h if self.net.quant_conv is None else self.net.quant_conv(h)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The latent (B, c, h, w), deterministic: the mean of a KL encoder, the unquantised output of a VQ one."""
+        moments = self.moments(x)
+        return moments.chunk(2, dim=1)[0] if self.family == "kl" else moments
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The image (B, C, H, W) of a latent; a VQ latent is quantised first, with straight-through gradients."""
+        return unfold(self.net.decode(z).sample, self.space_to_depth)
+
+    def decode_training(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The image of a latent and the codebook's commitment loss (VQ family), for training."""
+        output = self.net.decode(z)
+        return unfold(output.sample, self.space_to_depth), output.commit_loss.mean()
+
+    def features(self, x: Tensor) -> Tensor:
+        """The MPE function of the paper's code: post_quant_conv of the latent, no sampling, no quantisation."""
+        z = self.encode(x)
+        return z if self.net.post_quant_conv is None else self.net.post_quant_conv(z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Decode(encode(x))."""
+        return self.decode(self.encode(x))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a file that ``Autoencoder(weights=path)`` reads, in half precision."""
+        save_weights(path, self.net.state_dict(), self.description)
+
+
+def kl_divergence(moments: Tensor) -> Tensor:
+    """KL(q(z|x) || N(0, I)) per image (B,), summed over the latent, from mean and log-variance."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    log_variance = log_variance.clamp(-30, 20)  # diffusers' and latent diffusion's bounds
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
+
+
+def sample_latent(moments: Tensor) -> Tensor:
+    """z ~ q(z|x) from mean and log-variance, for training (global generator)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * torch.randn_like(mean)
