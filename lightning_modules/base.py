@@ -1,0 +1,292 @@
+"""Everything about a posterior sampler that is not its algorithm."""
+
+import hashlib
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from torch import Tensor, nn
+
+from equireg.metrics import data_misfit
+from equireg.noise import Noise, SampleNoise, Stream, hash_seed
+from equireg.operators import LinearOperator, Operator
+from equireg.priors import Step
+from equireg.regularizer import Regularizer
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+Listener = Callable[["PosteriorSampler", Step, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The batch being restored, for listeners.
+
+    Attributes:
+        indices: data set index per image.
+        draws: number of the posterior draw per image.
+        y: measurements.
+        operator: the operator with this batch's parameters.
+    """
+
+    indices: list[int]
+    draws: list[int]
+    y: Tensor
+    operator: Operator
+
+
+class PosteriorSampler(LightningModule, ABC):
+    """Draws x given y = A(x) + noise; a subclass writes its paper's algorithm in ``sample``.
+
+    The base class owns gradients in predict, the measurement, the regulariser, counting, timing, and what is recorded.
+    Everything is per image: a batch gives what single runs give.
+
+    Args:
+        prior: the diffusion prior; frozen.
+        operator: the measurement operator.
+        seed: with the sample's index and draw it determines every random number of the run.
+    """
+
+    space = "pixel"
+    """What the sampler hands to ``penalty_at``: "pixel" images or "latent" codes."""
+
+    linear_only = False
+    """Whether the algorithm needs a LinearOperator."""
+
+    def __init__(self, prior: nn.Module, operator: Operator, seed: int = 0) -> None:
+        super().__init__()
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be negative")
+        self.prior = prior.eval().requires_grad_(False)
+        self.operator = operator
+        self.seed = seed
+        self.listeners: list[Listener] = []
+        self.problem: Problem | None = None
+        self.evaluations = EvaluationCounter(prior)
+        self._penalty: list[Regularizer] = []  # a list, so that it does not become a submodule
+
+    @abstractmethod
+    def sample(self, y: Tensor, operator: Operator, noise: Noise) -> Tensor:
+        """Draws one x0 (B, C, H, W) per measurement.
+
+        Args:
+            y: measurements (B, ...).
+            operator: A with the parameters of these images.
+            noise: where every random number comes from.
+        """
+
+    def forward(
+        self, y: Tensor, indices: Sequence[int], operator: Operator | None = None, draws: Sequence[int] | None = None
+    ) -> Tensor:
+        """``sample`` with the noise streams of the samples ``indices``; needs no Trainer.
+
+        Args:
+            y: measurements (B, ...).
+            indices: data set index of every measurement.
+            operator: the realised operator; the sampler's own when left out.
+            draws: number of the posterior draw of every measurement; zeros when left out.
+        """
+        operator = self.operator if operator is None else operator
+        draws = [0] * len(indices) if draws is None else list(draws)
+        self.problem = Problem(list(indices), draws, y, operator)
+        if self.penalty is not None:
+            self.penalty.start(SampleNoise(indices, self.seed, Stream.GROUP, draws))
+        with torch.enable_grad():
+            x0 = self.sample(y, operator, SampleNoise(indices, self.seed, Stream.SAMPLER, draws)).detach()
+        self.problem = None
+        return x0
+
+    @property
+    def penalty(self) -> Regularizer | None:
+        """The attached regulariser."""
+        return self._penalty[0] if self._penalty else None
+
+    def attach(self, penalty: Regularizer) -> None:
+        """Attaches a regulariser; the callback EquiReg calls this.
+
+        Raises:
+            ValueError: if there is one already, or it penalises what this sampler does not have.
+        """
+        if self._penalty:
+            raise ValueError("a sampler takes one EquiReg; the callbacks list holds two")
+        if penalty.function.space != self.space:
+            raise ValueError(
+                f"{type(penalty.function).__name__} takes {penalty.function.space} inputs, "
+                f"{type(self).__name__} samples in {self.space} space"
+            )
+        penalty.function.bind(self.prior)
+        self._penalty.append(penalty)
+
+    def detach_penalty(self) -> None:
+        """Removes the regulariser."""
+        self._penalty.clear()
+
+    def penalty_at(self, x0_hat: Tensor, step: Step, step_size: float = 1.0) -> Tensor:
+        """The weighted penalty per image (B,), zero when there is none.
+
+        Args:
+            x0_hat: what the paper penalises.
+            step: where the sampler is.
+            step_size: what the sampler multiplies the gradient by.
+        """
+        if not self._penalty:
+            return x0_hat.new_zeros(len(x0_hat))
+        return self._penalty[0](x0_hat, step, step_size)
+
+    def guidance(self, loss: Tensor, x_t: Tensor) -> Tensor:
+        """Gradient of every image's loss (B,) with respect to its own x_t."""
+        (gradient,) = torch.autograd.grad(loss, x_t, torch.ones_like(loss))
+        return gradient
+
+    def emit(self, step: Step, x0_hat: Tensor) -> None:
+        """Tells listeners (bars, inspectors) where the sampler is; called once per step."""
+        for listener in self.listeners:
+            listener(self, step, x0_hat.detach())
+
+    def setup(self, stage: str) -> None:
+        """Refuses, before any network call, what cannot run.
+
+        Raises:
+            ValueError: if operator, prior and images do not fit, or precision or processes are not supported.
+        """
+        if stage != "predict":
+            raise ValueError(f"{type(self).__name__} is a sampler: run it with `predict`, not `{stage}`")
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision={self.trainer.precision!r} is not supported; available: {', '.join(PRECISIONS)} "
+                "(sampler arithmetic does not survive the others)"
+            )
+        _check_processes(self.trainer.world_size, self.trainer.num_devices * self.trainer.num_nodes)
+        if self.linear_only and not isinstance(self.operator, LinearOperator):
+            raise ValueError(f"{type(self).__name__} needs a linear operator, {type(self.operator).__name__} is not")
+        shape = self.trainer.datamodule.image_shape
+        self.check_shape(shape)
+        if hasattr(self.prior, "autocast_dtype"):
+            self.prior.autocast_dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Raises ValueError when images of this (C, H, W) cannot be restored."""
+        self.prior.check_shape(shape)
+        self.operator.check_shape(shape)
+
+    def on_predict_start(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("set trainer.inference_mode=false: samplers differentiate through the prior")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Measures (or takes the given measurement), restores, and records.
+
+        Returns:
+            ``x0`` restorations, ``y`` measurements, ``operator`` realised, and ``records``: one dictionary per image with
+            seconds, network_evaluations, network_backwards, data_misfit, the hash of the measurement and, with a
+            regulariser, the equivariance error of the plain baseline picture (before) and of the restoration.
+        """
+        with self._float32():
+            indices, draws = batch["index"].tolist(), batch["draw"].tolist()
+            operator, y = self.measurement(batch, indices)
+            self.evaluations.reset()
+            seconds = -_now(self.device)
+            x0 = self(y, indices, operator, draws)
+            seconds += _now(self.device)
+            return {"x0": x0, "y": y, "operator": operator, "records": self._records(batch, x0, y, operator, seconds)}
+
+    def measurement(self, batch: dict[str, Any], indices: list[int]) -> tuple[Operator, Tensor]:
+        """The operator with this batch's parameters, and y: simulated from ``x``, or given."""
+        if "y" in batch:
+            operator = self.operator.with_parameters(batch.get("parameters", {}), self.trainer.datamodule.image_shape)
+            return operator, batch["y"]
+        shape = tuple(batch["x"].shape[1:])
+        seeds = [hash_seed(self.seed, Stream.OPERATOR, index) % 2**32 for index in indices]
+        operator = self.operator.realize(shape, seeds).to(self.device)
+        return operator, operator.measure(batch["x"], SampleNoise(indices, self.seed, Stream.MEASUREMENT))
+
+    @torch.no_grad()
+    def _records(
+        self, batch: dict[str, Any], x0: Tensor, y: Tensor, operator: Operator, seconds: float
+    ) -> list[dict[str, Any]]:
+        columns: dict[str, list[Any]] = {
+            "seconds": [seconds / len(x0)] * len(x0),
+            "network_evaluations": [self.evaluations.forward] * len(x0),
+            "network_backwards": [self.evaluations.backward] * len(x0),
+            "data_misfit": data_misfit(y, operator(x0), operator.noise_std(y)).tolist(),
+            "measurement": [
+                self._fingerprint(index, source, operator, row)
+                for row, (index, source) in enumerate(
+                    zip(batch["index"].tolist(), batch["x"] if "x" in batch else y, strict=True)
+                )
+            ],
+        }
+        if self.penalty is not None and self.space == "pixel":
+            columns["equivariance_error"] = self.penalty.error(x0).tolist()
+            try:
+                before = operator.baseline(y, tuple(x0.shape[1:]))
+            except NotImplementedError:  # the operator has no plain picture to measure
+                columns["equivariance_error_before"] = [None] * len(x0)
+            else:
+                columns["equivariance_error_before"] = self.penalty.error(before).tolist()
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _fingerprint(self, index: int, source: Tensor, operator: Operator, row: int) -> str:
+        """Hash of what was measured: hashing y itself would differ between devices in the last bits."""
+        digest = hashlib.sha256(source.cpu().contiguous().numpy().tobytes())
+        digest.update(operator.fingerprint(row).encode())
+        digest.update(f"{self.seed},{index}".encode())
+        return digest.hexdigest()[:16]
+
+    def _float32(self) -> AbstractContextManager:
+        """Sampler arithmetic stays in float32; under bf16-mixed the prior's network alone is autocast."""
+        return torch.autocast(self.device.type, enabled=False)
+
+
+class EvaluationCounter:
+    """Counts forward and backward passes of a prior's network, per image of the batch."""
+
+    def __init__(self, prior: nn.Module) -> None:
+        self.reset()
+        if hasattr(prior, "network"):
+            prior.network.register_forward_hook(self._count)
+
+    def reset(self) -> None:
+        self.forward = 0
+        self.backward = 0
+
+    def _count(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.forward += 1
+        if output.requires_grad:
+            output.register_hook(self._count_backward)
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backward += 1
+
+
+def norm(residual: Tensor) -> Tensor:
+    """||r|| per image (B,), unsquared, over all other axes."""
+    return residual.flatten(1).norm(dim=1)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _check_processes(world_size: int, wanted: int) -> None:
+    """Refuses a process count that would skip part of the data, or do all of it several times, without a word."""
+    if world_size != wanted:
+        raise ValueError(
+            f"{world_size} processes run, devices x num_nodes asks for {wanted}: part of the data would be skipped"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if started is None and SLURMEnvironment.detect():
+        started = int(os.environ["SLURM_NTASKS"])
+    if started is not None and started != world_size:
+        raise ValueError(
+            f"{started} processes were started, devices x num_nodes asks for {world_size}: they must be equal"
+        )

@@ -1,0 +1,91 @@
+"""What a posterior sampler has to beat: the plain picture, and the best linear estimate."""
+
+import torch
+from torch import Tensor, nn
+
+from equireg.gaussian import ImageStatistics
+from equireg.noise import Noise
+from equireg.operators import LinearOperator, Operator
+from lightning_modules.base import PosteriorSampler, norm
+
+
+class NoPrior(nn.Module):
+    """Stands where a sampler without a diffusion prior has none; takes images of any shape."""
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Accepts every shape."""
+
+
+class MeasurementBaseline(PosteriorSampler):
+    """The operator's plain picture of y: bicubic enlargement, filled holes, regularised pseudo-inverse.
+
+    Args:
+        operator: any operator with a baseline picture.
+        seed: see ``PosteriorSampler``.
+    """
+
+    def __init__(self, operator: Operator, seed: int = 0) -> None:
+        super().__init__(NoPrior(), operator, seed)
+
+    def sample(self, y: Tensor, operator: Operator, noise: Noise) -> Tensor:
+        return operator.baseline(y, operator.image_shape)
+
+
+class LinearMMSE(PosteriorSampler):
+    """The posterior mean under a Gaussian with the training set's mean and covariance: the honest bar for PSNR.
+
+    x_hat = mu + C A^T (A C A^T + sigma_y^2 I)^-1 (y - A mu), solved by conjugate gradients for all images at once, each
+    with its own step sizes.
+
+    Args:
+        operator: a linear operator with Gaussian noise.
+        iterations: at most this many conjugate gradient steps.
+        tolerance: relative residual at which an image is done.
+        seed: see ``PosteriorSampler``.
+
+    The training set is the data module's ``train`` split.
+    """
+
+    linear_only = True
+
+    def __init__(
+        self, operator: LinearOperator, iterations: int = 2000, tolerance: float = 1e-4, seed: int = 0
+    ) -> None:
+        super().__init__(NoPrior(), operator, seed)
+        self.iterations = iterations
+        self.tolerance = tolerance
+        self.statistics: ImageStatistics | None = None
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        train = self.trainer.datamodule.dataset("train")
+        self.statistics = ImageStatistics(torch.stack([train[i]["x"] for i in range(len(train))]))
+
+    @torch.no_grad()
+    def sample(self, y: Tensor, operator: LinearOperator, noise: Noise) -> Tensor:
+        covariance = self.statistics.covariance.to(y)
+        mean = self.statistics.mean.to(y).view(1, *operator.image_shape)
+        variance = operator.noise_std(y).square().clamp_min(1e-6).view(-1, *[1] * (y.ndim - 1))
+
+        def smooth(x: Tensor) -> Tensor:
+            return (x.flatten(1) @ covariance).view_as(x)
+
+        def system(v: Tensor) -> Tensor:
+            return operator(smooth(operator.adjoint(v))) + variance * v
+
+        def dot(a: Tensor, b: Tensor) -> Tensor:
+            return (a * b).flatten(1).sum(1).view(-1, *[1] * (y.ndim - 1))
+
+        residual = y - operator(mean.expand(len(y), -1, -1, -1))
+        solution = torch.zeros_like(residual)
+        direction, start, rho = residual.clone(), norm(residual), dot(residual, residual)
+        for _ in range(self.iterations):
+            if (norm(residual) <= self.tolerance * start).all():
+                break
+            image = system(direction)
+            step = rho / dot(direction, image).clamp_min(torch.finfo(y.dtype).tiny)
+            solution += step * direction
+            residual -= step * image
+            rho, before = dot(residual, residual), rho
+            direction = residual + rho / before.clamp_min(torch.finfo(y.dtype).tiny) * direction
+        return mean + smooth(operator.adjoint(solution))

@@ -1,0 +1,42 @@
+"""What the modules that train something share."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from equireg.groups import Group
+from equireg.pictures import picture_grid
+
+
+def warmup(optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+    """The optimizer with a learning rate that rises linearly over ``steps`` steps and then stays."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(steps, 1)))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def describe(checkpoint: dict[str, Any], description: dict[str, Any], prefix: str) -> None:
+    """Notes in a checkpoint what its weights are, so that ``cli.py export`` needs nothing else.
+
+    Args:
+        checkpoint: what Lightning is about to save.
+        description: of ``save_weights``.
+        prefix: of the names of the weights in the checkpoint's state.
+    """
+    checkpoint["description"] = description
+    checkpoint["weights_prefix"] = prefix
+
+
+def augment(x: Tensor, group: Group | None) -> Tensor:
+    """Every image moved by an element drawn uniformly from the whole group, identity included."""
+    if group is None:
+        return x
+    return group.transform(x, torch.randint(len(group.elements), (len(x),), device=x.device))
+
+
+def log_pictures(module: LightningModule, tag: str, images: Tensor) -> None:
+    """Writes images (N, C, H, W) in [-1, 1] as one grid to TensorBoard, on rank zero."""
+    if isinstance(module.logger, TensorBoardLogger) and module.trainer.is_global_zero:
+        module.logger.experiment.add_image(tag, picture_grid(images), module.global_step)
