@@ -1,4 +1,4 @@
-"""What a DPS step costs beside the network: processor time of a run over that of the network's passes inside it, minus 1.
+"""What a DPS step costs beside the network: processor time of a run over that of the network's passes, minus 1.
 
     python benchmarks/overhead.py
 

@@ -1,4 +1,4 @@
-"""Autoencoders: the first stage of latent diffusion, and the manifold-preferential equivariant function of the paper."""
+"""Autoencoders: the first stage of latent diffusion, and the MPE function of the paper."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,8 @@ class Autoencoder(nn.Module):
         weights: a .safetensors file of this library, or "random" for untrained weights, which need ``family`` and
             ``network``.
         family: "kl" (AutoencoderKL) or "vq" (VQModel); read from ``weights`` when left out.
-        network: arguments of that class; read from ``weights`` when left out, checked against them otherwise. Its channels
-            are those after folding.
+        network: arguments of that class; read from ``weights`` when left out, checked against them otherwise. Its
+            channels are those after folding.
         space_to_depth: side of the blocks of pixels folded into channels in front of the encoder.
 
     Raises:
@@ -47,9 +47,7 @@ class Autoencoder(nn.Module):
             elif name in described and value != described[name]:
                 raise ValueError(f"{name}={value!r} contradicts weights={weights!r}, made with {described[name]!r}")
         if asked["family"] is None or asked["network"] is None:
-            raise ValueError(
-                "weights='random' needs family='kl' or 'vq' and the arguments of that class: network={...}"
-            )
+            raise ValueError("weights='random' needs family='kl' or 'vq' and that class's arguments: network={...}")
         asked["space_to_depth"] = asked["space_to_depth"] or 1
         self.description = {"kind": self.kind} | asked
         self.space_to_depth: int = asked["space_to_depth"]
@@ -77,18 +75,19 @@ class Autoencoder(nn.Module):
         if channels != self.channels:
             raise ValueError(f"images have {channels} channels, the autoencoder was trained on {self.channels}")
         if height % self.factor or width % self.factor:
-            raise ValueError(
-                f"image sides {height}x{width} must be multiples of the autoencoder's factor {self.factor}"
-            )
+            raise ValueError(f"image sides {height}x{width} must be multiples of the autoencoder's {self.factor}")
 
     def moments(self, x: Tensor) -> Tensor:
-        """Output of the encoder: mean and log-variance (B, 2c, h, w) of a KL one, the latent (B, c, h, w) of a VQ one."""
+        """Output of the encoder: mean and log-variance (B, 2c, h, w) for KL, the latent (B, c, h, w) for VQ."""
         h = self.net.encoder(fold(x, self.space_to_depth))
         return h if self.net.quant_conv is None else self.net.quant_conv(h)
 
     def encode(self, x: Tensor) -> Tensor:
         """The latent (B, c, h, w), deterministic: the mean of a KL encoder, the unquantised output of a VQ one."""
-        moments = self.moments(x)
+        return self.latent(self.moments(x))
+
+    def latent(self, moments: Tensor) -> Tensor:
+        """The deterministic latent in the encoder's output."""
         return moments.chunk(2, dim=1)[0] if self.family == "kl" else moments
 
     def decode(self, z: Tensor) -> Tensor:

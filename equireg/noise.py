@@ -44,7 +44,7 @@ class SampleNoise:
         ]
 
     def randn(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Standard normal numbers (B, *shape), drawn on the CPU in float32, then moved to ``like``'s device and dtype."""
+        """Standard normal numbers (B, *shape), drawn on the CPU in float32, moved to ``like``'s device and dtype."""
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(like)
 
     def randint(self, high: int, device: torch.device) -> Tensor:

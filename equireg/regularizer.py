@@ -24,8 +24,8 @@ class WeightSchedule:
         weight: lambda before scaling.
         scale: factor from the noise level of the step: ``sigma`` sqrt(1 - alpha_bar), ``one_minus_alphabar``,
             ``sigma_over_alpha`` sqrt((1 - alpha_bar) / alpha_bar) (unbounded), ``beta``, ``sqrt_alphabar``, ``none``.
-            The paper scales lambda "by the noise scheduler" for DPS; only a factor that vanishes with the noise needs no
-            early stopping, hence the default.
+            The paper scales lambda "by the noise scheduler" for DPS; only a factor that vanishes with the noise needs
+            no early stopping, hence the default.
         every: penalise every k-th step, the first one included.
         last_tenth_off: no penalty from step ceil(0.9 N) on, the paper's rule for unscaled weights.
         legacy_cutoff: the authors' library's rule instead: no penalty in steps numbered above N - 100.
@@ -81,9 +81,9 @@ class WeightSchedule:
 class Regularizer(nn.Module):
     """EquiReg's penalty lambda_t R(x0_hat), per image.
 
-    Equi: d = S_g f(x) - f(T_g x). EquiCon: d = x - T_g^-1 f(T_g x), for an f that maps into x's own space. g is drawn per
-    image and step from the image's own stream. f(x) and f(T_g x) are one batched pass; a step of weight zero costs
-    nothing.
+    Equi: d = S_g f(x) - f(T_g x). EquiCon: d = x - T_g^-1 f(T_g x), for an f that maps into x's own space. g is drawn
+    per image and step from the image's own stream. f(x) and f(T_g x) are one batched pass; a step of weight zero
+    costs nothing.
 
     Args:
         function: the MPE function f.
@@ -91,8 +91,8 @@ class Regularizer(nn.Module):
         schedule: lambda per step.
         loss: "equi" or "equicon".
         reduction: ``norm`` ||d||, ``sqnorm`` ||d||^2 or ``mse`` mean of d^2, over one image.
-        attachment: ``in_norm``: the penalty joins the data misfit under the sampler's step size; ``separate_step``: lambda
-            is itself the size of the penalty's gradient step.
+        attachment: ``in_norm``: the penalty joins the data misfit under the sampler's step size; ``separate_step``:
+            lambda is itself the size of the penalty's gradient step.
 
     Raises:
         ValueError: if the group is unknown, or EquiCon is asked of an f that does not map into its own space.

@@ -1,7 +1,7 @@
 """Lets torchvision be imported beside a torch build that its compiled operators do not fit.
 
-torchvision built for CUDA beside a CPU-only torch cannot load its operators; ``import torchvision``, and with it lightning
-and diffusers, then fails on two schemas that do not exist. Nothing here or there calls these operators.
+torchvision built for CUDA beside a CPU-only torch cannot load its operators; ``import torchvision``, and with it
+lightning and diffusers, then fails on two schemas that do not exist. Nothing here or there calls these operators.
 """
 
 from importlib.util import find_spec

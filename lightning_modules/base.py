@@ -184,8 +184,8 @@ class PosteriorSampler(LightningModule, ABC):
         """Measures (or takes the given measurement), restores, and records.
 
         Returns:
-            ``x0`` restorations, ``y`` measurements, ``operator`` realised, and ``records``: one dictionary per image with
-            seconds, network_evaluations, network_backwards, data_misfit, the hash of the measurement and, with a
+            ``x0`` restorations, ``y`` measurements, ``operator`` realised, and ``records``: one dictionary per image
+            with seconds, network_evaluations, network_backwards, data_misfit, the hash of the measurement and, with a
             regulariser, the equivariance error of the plain baseline picture (before) and of the restoration.
         """
         with self._float32():
@@ -218,9 +218,7 @@ class PosteriorSampler(LightningModule, ABC):
             "data_misfit": data_misfit(y, operator(x0), operator.noise_std(y)).tolist(),
             "measurement": [
                 self._fingerprint(index, source, operator, row)
-                for row, (index, source) in enumerate(
-                    zip(batch["index"].tolist(), batch["x"] if "x" in batch else y, strict=True)
-                )
+                for row, (index, source) in enumerate(zip(batch["index"].tolist(), batch.get("x", y), strict=True))
             ],
         }
         if self.penalty is not None and self.space == "pixel":

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from equireg.gaussian import ImageStatistics
 from equireg.noise import Noise
 from equireg.operators import LinearOperator, Operator
-from lightning_modules.base import PosteriorSampler, norm
+from equireg.operators.conjugate_gradients import conjugate_gradients
+from lightning_modules.base import PosteriorSampler
 
 
 class NoPrior(nn.Module):
@@ -34,8 +35,7 @@ class MeasurementBaseline(PosteriorSampler):
 class LinearMMSE(PosteriorSampler):
     """The posterior mean under a Gaussian with the training set's mean and covariance: the honest bar for PSNR.
 
-    x_hat = mu + C A^T (A C A^T + sigma_y^2 I)^-1 (y - A mu), solved by conjugate gradients for all images at once, each
-    with its own step sizes.
+    x_hat = mu + C A^T (A C A^T + sigma_y^2 I)^-1 (y - A mu), solved by conjugate gradients.
 
     Args:
         operator: a linear operator with Gaussian noise.
@@ -73,19 +73,8 @@ class LinearMMSE(PosteriorSampler):
         def system(v: Tensor) -> Tensor:
             return operator(smooth(operator.adjoint(v))) + variance * v
 
-        def dot(a: Tensor, b: Tensor) -> Tensor:
-            return (a * b).flatten(1).sum(1).view(-1, *[1] * (y.ndim - 1))
-
         residual = y - operator(mean.expand(len(y), -1, -1, -1))
-        solution = torch.zeros_like(residual)
-        direction, start, rho = residual.clone(), norm(residual), dot(residual, residual)
-        for _ in range(self.iterations):
-            if (norm(residual) <= self.tolerance * start).all():
-                break
-            image = system(direction)
-            step = rho / dot(direction, image).clamp_min(torch.finfo(y.dtype).tiny)
-            solution += step * direction
-            residual -= step * image
-            rho, before = dot(residual, residual), rho
-            direction = residual + rho / before.clamp_min(torch.finfo(y.dtype).tiny) * direction
+        solution, converged = conjugate_gradients(system, residual, self.tolerance, self.iterations)
+        if not converged.all():
+            raise RuntimeError(f"LinearMMSE did not converge in iterations={self.iterations}")
         return mean + smooth(operator.adjoint(solution))

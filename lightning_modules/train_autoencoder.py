@@ -29,6 +29,9 @@ class AutoencoderTraining(LightningModule):
         lr: learning rate of Adam, constant after the warm-up.
         warmup_steps: steps of linear warm-up.
         kl_weight: weight of the KL term, per pixel, against the mean squared error (KL family).
+        equivariance_weight: weight of the relative squared equivariance error of the latent on training images, against
+            the mean squared error. The augmentation alone leaves a latent free to carry odd features (their sign changes
+            under a flip); this term asks for equivariance on the data outright, and still says nothing off it.
         test_sigmas: noise levels at which ``test`` measures the equivariance error, on [-1, 1] images.
         num_pictures: images in the reconstruction grid.
         export: file that the trained (averaged) weights are written to at the end of ``fit``.
@@ -41,6 +44,7 @@ class AutoencoderTraining(LightningModule):
         lr: float = 5e-4,
         warmup_steps: int = 200,
         kl_weight: float = 1e-6,
+        equivariance_weight: float = 0.0,
         test_sigmas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0),
         num_pictures: int = 8,
         export: str | None = None,
@@ -51,6 +55,7 @@ class AutoencoderTraining(LightningModule):
         self.lr = lr
         self.warmup_steps = warmup_steps
         self.kl_weight = kl_weight
+        self.equivariance_weight = equivariance_weight
         self.test_sigmas = test_sigmas
         self.num_pictures = num_pictures
         self.export = export
@@ -65,6 +70,10 @@ class AutoencoderTraining(LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x = augment(batch["x"], self.group)
+        if self.equivariance_weight:
+            pool = torch.tensor(self.group.pool, device=x.device)
+            g = pool[torch.randint(len(pool), (len(x),), device=x.device)]
+            x = torch.cat([x, self.group.transform(x, g)])  # every image in two poses, reconstructed in both
         moments = self.autoencoder.moments(x)
         if self.autoencoder.family == "kl":
             reconstruction = self.autoencoder.decode(sample_latent(moments))
@@ -73,7 +82,13 @@ class AutoencoderTraining(LightningModule):
             reconstruction, regularisation = self.autoencoder.decode_training(moments)
         error = mse_loss(reconstruction.float(), x)
         self.log_dict({"train/mse": error, "train/regularisation": regularisation}, prog_bar=True)
-        return error + regularisation
+        if not self.equivariance_weight:
+            return error + regularisation
+        latent, moved = self.autoencoder.latent(moments).float().chunk(2)
+        defect = self.group.transform_features(latent, g) - moved
+        equivariance = defect.square().mean() / latent.detach().square().mean()  # relative: no reward for shrinking z
+        self.log("train/equivariance", equivariance, prog_bar=True)
+        return error + regularisation + self.equivariance_weight * equivariance
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x = batch["x"]

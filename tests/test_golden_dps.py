@@ -104,9 +104,7 @@ class ReplayedElements:
 
 
 def make_prior(data: dict[str, np.ndarray]) -> VPPrior:
-    network = TinyNetwork(data)
-    prior = VPPrior.from_network(network)  # learned_range with six channels, fixed_large with three
-    return prior
+    return VPPrior.from_network(TinyNetwork(data))  # learned_range with six channels, fixed_large with three
 
 
 def make_penalty(data: dict[str, np.ndarray], stem: str) -> Regularizer:

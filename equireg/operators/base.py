@@ -116,9 +116,9 @@ class Operator(nn.Module, ABC):
         """Hash of everything that defines the measurement of image ``row`` but the image and the noise draw."""
         digest = hashlib.sha256(type(self).__name__.encode())
         for name, value in sorted(vars(self).items()):
-            if isinstance(value, int | float | str | bool | tuple | None):
-                if not name.startswith("_") and name != "training":
-                    digest.update(f"{name}={value!r};".encode())
+            plain = isinstance(value, int | float | str | bool | tuple | None)
+            if plain and not name.startswith("_") and name != "training":
+                digest.update(f"{name}={value!r};".encode())
         for name in self.parameter_names:
             digest.update(getattr(self, name)[row].cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

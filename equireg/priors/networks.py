@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class UNet(nn.Module):
     """diffusers' UNet2DModel on images folded by ``space_to_depth``.
 
-    Folding s x s pixels into channels before the first layer and unfolding after the last divides the cost of every layer
-    by s^2 at equal width.
+    Folding s x s pixels into channels before the first layer and unfolding after the last divides the cost of every
+    layer by s^2 at equal width.
 
     Args:
         config: arguments of ``diffusers.UNet2DModel``; its channels are those after folding.

@@ -16,7 +16,7 @@ class Step:
     Attributes:
         k: number of the step, 0 first (at the highest noise).
         num_steps: how many steps the run has.
-        alpha_bar: signal fraction of the state that the step starts from; 1 / (1 + sigma^2) for sigma-parameterised chains.
+        alpha_bar: signal fraction of the state that the step starts from; 1 / (1 + sigma^2) for chains in sigma.
         beta: noise variance of the step; 0 where the chain has none.
     """
 
@@ -55,8 +55,8 @@ class VPStep(Step):
 class VPSchedule:
     """A respaced variance-preserving process; iterating yields its steps from the highest noise down.
 
-    beta is re-derived from the kept alpha_bar, so posterior constants are those of the shorter chain (Nichol & Dhariwal,
-    ICML 2021; Dhariwal & Nichol, NeurIPS 2021). float64 throughout.
+    beta is re-derived from the kept alpha_bar, so posterior constants are those of the shorter chain (Nichol &
+    Dhariwal, ICML 2021). float64 throughout.
 
     Args:
         alpha_bar: cumulative products of the original process, length T.
@@ -97,8 +97,8 @@ class VPSchedule:
 def make_betas(kind: BetaSchedule, num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
     """beta_0 ... beta_{T-1} in float64 of the named schedule.
 
-    ``linear`` and ``scaled_linear`` (linear in the square root, latent diffusion) run from ``beta_start`` to ``beta_end``;
-    ``squaredcos_cap_v2`` is the cosine schedule of Nichol & Dhariwal (ICML 2021) and ignores both.
+    ``linear`` and ``scaled_linear`` (linear in the square root, latent diffusion) run from ``beta_start`` to
+    ``beta_end``; ``squaredcos_cap_v2`` is the cosine schedule of Nichol & Dhariwal (ICML 2021) and ignores both.
     """
     if kind == "linear":
         return np.linspace(beta_start, beta_end, num_train_timesteps)

@@ -28,12 +28,12 @@ class Denoised(NamedTuple):
 
 
 class VPPrior(nn.Module):
-    """A DDPM prior x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps on images in [-1, 1] (Ho et al., NeurIPS 2020).
+    """A DDPM prior x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps on [-1, 1] (Ho et al., NeurIPS 2020).
 
     Args:
         weights: a .safetensors file of this library, a diffusers folder (config.json beside its .safetensors), or
             "random" for untrained weights, which need ``network``.
-        network: arguments of diffusers' UNet2DModel; read from ``weights`` when left out, checked against them otherwise.
+        network: arguments of diffusers' UNet2DModel; read from ``weights`` when left out, else checked against them.
         space_to_depth: blocks of pixels folded into channels in front of the network.
         prediction: what the network was trained to predict.
         variance: variance of the ancestral step; the learned ones take the second half of the network's channels.
