@@ -13,11 +13,12 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
 
 import callbacks  # noqa: F401  imported so that short class names resolve
 import datamodules  # noqa: F401
-import lightning_modules  # noqa: F401
+import lightning_modules
 from equireg.commands.compare import compare_command
 from equireg.commands.export import export_command
 from equireg.commands.sweep import sweep_command
@@ -48,8 +49,11 @@ Other commands
 those of a class (also --data.help, --trainer.callbacks.help). `--print_config` shows the merged configuration.
 """
 
-RECORDERS = ("callbacks.PredictionWriter", "callbacks.TensorBoardInspector", "callbacks.StepProgressBar")
-"""Callbacks that every predict run has; a configuration that names one sets its options."""
+RECORDERS = ("callbacks.TensorBoardInspector", "callbacks.PredictionWriter", "callbacks.StepProgressBar")
+"""Callbacks that every predict run has; a configuration that names one sets its options.
+
+The writer reports diverged samples by an error at the very end: the inspector must have closed before.
+"""
 
 
 class RunRecord(SaveConfigCallback):
@@ -90,11 +94,6 @@ class EquiRegCLI(LightningCLI):
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         config.name = config.name or _name_of([Path(str(file)) for file in config.config or []])
-        if config.trainer.logger in (None, True):
-            config.trainer.logger = Namespace(
-                class_path="lightning.pytorch.loggers.TensorBoardLogger",
-                init_args=Namespace(save_dir=config.root, name=config.name, version="", default_hp_metric=False),
-            )
         if subcommand == "predict":
             config.return_predictions = False  # every process would keep all its outputs in memory
             config.trainer.enable_checkpointing = False
@@ -104,6 +103,19 @@ class EquiRegCLI(LightningCLI):
             config.trainer.callbacks = given + [
                 Namespace(class_path=path, init_args=Namespace()) for path in RECORDERS if path not in present
             ]
+
+    def after_instantiate_classes(self) -> None:
+        kind = type(self.model).__name__
+        if isinstance(self.model, lightning_modules.PosteriorSampler) != (self.subcommand == "predict"):
+            if self.subcommand == "predict":
+                raise ValueError(f"{kind} is a training: run it with `fit`, `validate` or `test`, not `predict`")
+            raise ValueError(f"{kind} is a sampler: run it with `predict`, not `{self.subcommand}`")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config[self.subcommand]
+        if config.trainer.logger in (None, True):  # not part of the configuration: name and root say it all
+            kwargs["logger"] = TensorBoardLogger(config.root, config.name, version="", default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -131,7 +131,7 @@ class PredictionWriter(Callback):
                 continue
             row = dict(zip(("index", "draw", "name"), key, strict=True))
             row |= {name: values[i] for name, values in scores.items()} | outputs["records"][i]
-            self._write_sample(sample_stem(*key, trainer.datamodule.draws), x0[i], measurement_of(y, operator, i), row)
+            self._write_sample(self._stem(trainer, row), x0[i], measurement_of(y, operator, i), row)
             self.written += 1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -150,7 +150,9 @@ class PredictionWriter(Callback):
         counts = summary["counts"]
         if counts["diverged"]:
             names = ", ".join(f"{index:05d} {name} (draw {draw})" for index, draw, name in counts["diverged"])
-            raise RuntimeError(f"{len(counts['diverged'])} of {len(self.keys)} samples diverged, they were not written: {names}")
+            raise RuntimeError(
+                f"{len(counts['diverged'])} of {len(self.keys)} samples diverged, they were not written: {names}"
+            )
         if counts["missing"] and not is_shortened(trainer):
             names = ", ".join(f"{index:05d} (draw {draw})" for index, draw in counts["missing"])
             raise RuntimeError(f"{self.folder} lacks {len(counts['missing'])} of {len(self.keys)} samples: {names}")
@@ -169,6 +171,7 @@ class PredictionWriter(Callback):
             return None
         table = self._finished_rows()
         rows = [table[key] for key in sorted(self.keys) if key in table]
+        self._add_missing_metrics(trainer, rows)
         write_into(self.folder, "metrics.csv", self._csv(rows))
         diverged = sorted(key for report in reports for key in report["diverged"])
         absent = set(self.keys) - set(table) - {key[:2] for key in diverged}
@@ -259,9 +262,8 @@ class PredictionWriter(Callback):
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **measurement)
             write_into(self.folder, f"measurements/{stem}.npz", buffer.getvalue())
-        write_into(
-            self.folder, f"rows/{stem}.json", json.dumps(row) + "\n"
-        )  # last: it says that the sample is finished
+        # last: it says that the sample is finished
+        write_into(self.folder, f"rows/{stem}.json", json.dumps(row) + "\n")
 
     def _csv(self, rows: Sequence[dict[str, Any]]) -> str:
         names = ["index", "draw", "name", *self.per_image, *COLUMNS, *(name for row in rows for name in row)]
@@ -270,6 +272,22 @@ class PredictionWriter(Callback):
         writer.writeheader()
         writer.writerows(rows)
         return buffer.getvalue()
+
+    def _add_missing_metrics(self, trainer: Trainer, rows: Sequence[dict[str, Any]]) -> None:
+        """Measures the saved restorations of an earlier run that was asked for fewer metrics."""
+        lacking = [row for row in rows if not self.per_image.keys() <= row.keys()]
+        if not lacking or not self.save_npy:
+            return
+        device = trainer.strategy.root_device
+        if "lpips" in self.per_image:
+            self.per_image["lpips"].to(device)
+        values: dict[str, list[float]] = {metric: [] for metric in self.per_image}
+        for x_hat, x in self._pairs(trainer, lacking):
+            for metric, measure in self.per_image.items():
+                values[metric] += measure(x_hat.to(device), x.to(device)).tolist()
+        for i, row in enumerate(lacking):
+            row |= {metric: row.get(metric, values[metric][i]) for metric in values}
+            write_into(self.folder, f"rows/{self._stem(trainer, row)}.json", json.dumps(row) + "\n")
 
     def _distribution_metrics(self, trainer: Trainer, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """FID and KID of the first draws; None where fewer than two are left."""
@@ -288,10 +306,12 @@ class PredictionWriter(Callback):
         for start in range(0, len(rows), IMAGES_AT_ONCE):
             x_hat, x = [], []
             for row in rows[start : start + IMAGES_AT_ONCE]:
-                stem = sample_stem(row["index"], row["draw"], row["name"], trainer.datamodule.draws)
-                x_hat.append(torch.from_numpy(np.load(self.folder / "predictions" / f"{stem}.npy")))
+                x_hat.append(torch.from_numpy(np.load(self.folder / "predictions" / f"{self._stem(trainer, row)}.npy")))
                 x.append(samples[positions[row["index"], row["draw"]]]["x"])
             yield torch.stack(x_hat), torch.stack(x)
+
+    def _stem(self, trainer: Trainer, row: dict[str, Any]) -> str:
+        return sample_stem(row["index"], row["draw"], row["name"], trainer.datamodule.draws)
 
     def _closing_message(self, trainer: Trainer, summary: dict[str, Any]) -> str:
         counts = summary["counts"]

@@ -57,6 +57,12 @@ class StepProgressBar(TQDMProgressBar):
             bar_format="{l_bar}{bar}| {n:.2f}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
 
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self.predict_progress_bar.set_description(self.predict_description, refresh=False)  # there is one loader
+
     def on_step(self, sampler: LightningModule, step: Step, x0_hat: Tensor) -> None:
         """Listener of the sampler; reads no number from the device, so it does not wait for it."""
         done = self._batches_done + (step.k + 1) / step.num_steps

@@ -120,10 +120,10 @@ class TensorBoardInspector(Callback):
             return
         misfit = data_misfit(y, operator(images), operator.noise_std(y))
         record.curves.setdefault("data_misfit", []).append(misfit[record.rows])
-        if sampler.penalty is not None:
-            argument = images if sampler.penalty.function.space == "pixel" else x0_hat
-            error = sampler.penalty.error(argument[record.rows])
-            record.curves.setdefault("equivariance_error", []).append(error)
+        penalty = sampler.penalty
+        if penalty is not None and (penalty.function.space == "pixel" or images is not x0_hat):
+            argument = images if penalty.function.space == "pixel" else x0_hat
+            record.curves.setdefault("equivariance_error", []).append(penalty.error(argument[record.rows]))
 
     def on_predict_batch_end(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from equireg.commands.compare import paired_interval
+from equireg.bootstrap import interval_of_mean
 from equireg.runs import NOT_METRICS
 
 PACKAGES = ("torch", "lightning", "equireg", "diffusers")
@@ -69,7 +69,7 @@ def _statistics(values: np.ndarray) -> dict[str, Any] | None:
     if not np.isfinite(values).all():  # infinite: the PSNR of equal images
         return {"mean": None, "std": None, "n": n, "interval_95": None}
     std = float(values.std(ddof=1)) if n > 1 else None
-    return {"mean": float(values.mean()), "std": std, "n": n, "interval_95": paired_interval(values)}
+    return {"mean": float(values.mean()), "std": std, "n": n, "interval_95": interval_of_mean(values)}
 
 
 def _version(package: str) -> str | None:

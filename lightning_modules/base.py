@@ -156,8 +156,6 @@ class PosteriorSampler(LightningModule, ABC):
         Raises:
             ValueError: if operator, prior and images do not fit, or precision or processes are not supported.
         """
-        if stage != "predict":
-            raise ValueError(f"{type(self).__name__} is a sampler: run it with `predict`, not `{stage}`")
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(
                 f"precision={self.trainer.precision!r} is not supported; available: {', '.join(PRECISIONS)} "
@@ -166,15 +164,9 @@ class PosteriorSampler(LightningModule, ABC):
         _check_processes(self.trainer.world_size, self.trainer.num_devices * self.trainer.num_nodes)
         if self.linear_only and not isinstance(self.operator, LinearOperator):
             raise ValueError(f"{type(self).__name__} needs a linear operator, {type(self.operator).__name__} is not")
-        shape = self.trainer.datamodule.image_shape
-        self.check_shape(shape)
+        self.prior.check_shape(self.trainer.datamodule.image_shape)
         if hasattr(self.prior, "autocast_dtype"):
             self.prior.autocast_dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-
-    def check_shape(self, shape: tuple[int, int, int]) -> None:
-        """Raises ValueError when images of this (C, H, W) cannot be restored."""
-        self.prior.check_shape(shape)
-        self.operator.check_shape(shape)
 
     def on_predict_start(self) -> None:
         if torch.is_inference_mode_enabled():

@@ -29,9 +29,9 @@ class AutoencoderTraining(LightningModule):
         lr: learning rate of Adam, constant after the warm-up.
         warmup_steps: steps of linear warm-up.
         kl_weight: weight of the KL term, per pixel, against the mean squared error (KL family).
-        equivariance_weight: weight of the relative squared equivariance error of the latent on training images, against
-            the mean squared error. The augmentation alone leaves a latent free to carry odd features (their sign changes
-            under a flip); this term asks for equivariance on the data outright, and still says nothing off it.
+        equivariance_weight: weight of the relative squared equivariance error of the latent on training images. The
+            augmentation alone leaves a latent free to carry odd features (their sign changes under a flip); this term
+            asks for equivariance on the data outright, and still says nothing off it.
         test_sigmas: noise levels at which ``test`` measures the equivariance error, on [-1, 1] images.
         num_pictures: images in the reconstruction grid.
         export: file that the trained (averaged) weights are written to at the end of ``fit``.

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from equireg.commands.compare import compare, compare_command, paired_interval
+from equireg.bootstrap import interval_of_mean
+from equireg.commands.compare import compare, compare_command
 from equireg.runs import atomic_write, read_run
 
 
@@ -57,7 +58,7 @@ def test_the_interval_of_a_known_shift_holds_it_about_nineteen_times_in_twenty()
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(60):
-        low, high = paired_interval(0.5 + rng.normal(size=40))
+        low, high = interval_of_mean(0.5 + rng.normal(size=40))
         hits += low <= 0.5 <= high
     assert 51 <= hits <= 60  # 57 expected; fewer than 51 has a probability below 1 %
 
@@ -79,7 +80,7 @@ def test_a_single_measurement_has_no_interval(tmp_path):
 def test_degenerate_differences_give_a_finite_interval_without_a_warning(differences):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        low, high = paired_interval(np.array(differences))
+        low, high = interval_of_mean(np.array(differences))
     assert low <= np.mean(differences) <= high
     assert (low == high) == (np.ptp(differences) == 0)
 

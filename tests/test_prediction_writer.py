@@ -168,6 +168,18 @@ def test_a_finished_run_restores_nothing_and_writes_its_tables_again(run, capsys
     assert f"tensorboard --logdir {run.parent}" in message
 
 
+def test_a_metric_asked_for_later_is_computed_from_the_saved_restorations(run):
+    predict(run, PredictionWriter(metrics=["psnr"]))
+    sampler = TinySampler()
+    predict(run, PredictionWriter(metrics=["psnr", "ssim"]), sampler=sampler)
+    assert sampler.restored == []
+    rows = read_run(run).rows
+    predict(run.with_name("at_once"), PredictionWriter(metrics=["psnr", "ssim"]))
+    for row, expected in zip(rows, read_run(run.with_name("at_once")).rows, strict=True):
+        assert row.metrics["ssim"] == pytest.approx(expected.metrics["ssim"], abs=1e-5)
+    assert "ssim" in json.loads((run / "rows" / "00000_image-0.json").read_text())
+
+
 def test_a_crash_leaves_what_was_finished_and_nothing_half_written(run, capsys):
     with pytest.raises(ArithmeticError):
         predict(run, PredictionWriter(), sampler=TinySampler(raises_at=(2,)), data=TinyData(batch_size=1))
@@ -234,6 +246,20 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(run, m
     with pytest.raises(PermissionError, match=f"the folder {run} cannot be written"):
         predict(run, PredictionWriter(), sampler=sampler)
     assert sampler.restored == []
+
+
+@pytest.mark.parametrize("lost", ["predictions", "measurements"])
+def test_a_sample_whose_files_are_not_all_written_has_no_row(run, monkeypatch, lost):
+    def full(path, content):
+        if path.parent.name == lost:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    write = equireg.runs.atomic_write
+    monkeypatch.setattr("callbacks.prediction_writer.atomic_write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        predict(run, PredictionWriter())
+    assert not (run / "rows").exists()
 
 
 def test_a_full_disk_stops_the_run_and_leaves_what_was_finished(run, monkeypatch):

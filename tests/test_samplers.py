@@ -142,7 +142,7 @@ def test_images_need_not_be_square(make: Make, tiny_prior: VPPrior, encoder: Enc
 
 @sampler
 def test_a_latent_regulariser_is_refused_on_pixels(make: Make, tiny_prior: VPPrior) -> None:
-    with pytest.raises(ValueError, match="PriorDecoder takes latent inputs, .* samples in pixel space"):
+    with pytest.raises(ValueError, match=r"PriorDecoder takes latent inputs, .* samples in pixel space"):
         make(tiny_prior, SuperResolution(4)).attach(Regularizer(PriorDecoder(), "hflip", WeightSchedule(1.0)))
 
 

@@ -170,7 +170,14 @@ def test_without_a_truth_the_grid_has_two_columns(run):
     assert Image.open(run / "inspect" / "grid.png").size == (24, 24)
 
 
-def test_latent_estimates_are_decoded(run):
+def test_latent_estimates_are_decoded_and_their_own_equivariance_error_is_recorded(run):
+    class LatentBlur(Blur):
+        space = "latent"
+
+        def forward(self, z):
+            assert z.shape[1:] == (1, 6, 6)
+            return super().forward(z)
+
     class Latent(TinySampler):
         space = "latent"
 
@@ -179,8 +186,10 @@ def test_latent_estimates_are_decoded(run):
 
     sampler = Latent()
     sampler.prior.decode = lambda z: nn.functional.interpolate(z, scale_factor=2)
-    predict(run, TensorBoardInspector(num_images=1), sampler=sampler)
+    predict(run, EquiReg(LatentBlur(), weight=0.0), TensorBoardInspector(num_images=1), sampler=sampler)
     assert Image.open(run / "inspect" / "00000_image-0.png").size == (36, 12)
+    with np.load(run / "inspect" / "00000_image-0.npz") as arrays:
+        assert arrays["equivariance_error"].shape == (3,)
 
 
 def test_a_run_without_a_tensorboard_logger_gets_event_files_all_the_same(run):

@@ -6,7 +6,6 @@ import io
 import math
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,8 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
+from equireg.bootstrap import CONFIDENCE, interval_of_mean
 from equireg.runs import Run, atomic_write, read_run
 
 # data_misfit is missing on purpose: a good one is near one with noise, near zero without, which a table cannot know.
@@ -34,7 +33,6 @@ HIGHER_IS_BETTER = {
     "seconds": False,
     "network_evaluations": False,
 }
-CONFIDENCE = 0.95
 LEGEND = (
     "Each cell: mean ± standard deviation over the measurements; below it the mean paired difference to the reference "
     f"with its {100 * CONFIDENCE:.0f} % bootstrap interval [low, high]. Several draws from one measurement are "
@@ -276,31 +274,6 @@ def group_by_measurements(runs: Sequence[Run]) -> list[list[Run]]:
     return groups
 
 
-def paired_interval(differences: np.ndarray) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the mean of (n,) differences: BCa, or percentiles where BCa is not defined.
-
-    None for a single difference. The same differences always give the same interval.
-    """
-    if len(differences) < 2:
-        return None
-    if np.ptp(differences) == 0:
-        return float(differences[0]), float(differences[0])
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # scipy warns where BCa is not defined, and answers NaN
-            interval = stats.bootstrap(
-                (differences,),
-                np.mean,
-                confidence_level=CONFIDENCE,
-                method=method,
-                batch=1000,  # bounds the memory of large runs
-                rng=np.random.default_rng(0),
-            ).confidence_interval
-        if np.isfinite(interval).all():
-            break
-    return float(interval.low), float(interval.high)
-
-
 def _block(named: dict[str, Run], title: str, reference: str | None, metrics: Sequence[str]) -> Block:
     """The numbers of runs that must have seen the same measurements."""
     names = list(named)
@@ -378,7 +351,7 @@ def _cell(values: dict[str, np.ndarray], name: str, reference: str) -> Cell:
     if not np.isfinite(differences).all():
         difference = _mean(differences)
         return Cell(mean, std, len(own), None if math.isnan(difference) else difference)
-    low, high = paired_interval(differences) or (None, None)
+    low, high = interval_of_mean(differences) or (None, None)
     return Cell(mean, std, len(own), _mean(differences), low, high)
 
 
