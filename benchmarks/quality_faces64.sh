@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# The quality tables of docs/quality_faces64.md: search on val faces, then the table on test faces.
+#
+#   bash benchmarks/quality_faces64.sh tune_zeta  TASK STEPS "0.5,1,2"   DPS step sizes, val
+#   bash benchmarks/quality_faces64.sh tune_lambda TASK STEPS "0.3,1,3"  EquiReg weights at the chosen step size, val
+#   bash benchmarks/quality_faces64.sh rows TASK STEPS MORE COUNT        the five rows on COUNT test faces
+#   bash benchmarks/quality_faces64.sh price TASK                        EquiReg at every step, every 5th, every 10th, val
+#   bash benchmarks/quality_faces64.sh tables                            docs/*.md from the runs
+#
+# TASK is super_resolution, gaussian_deblur, motion_deblur, random_inpainting or box_inpainting. Runs are resumable.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+ROOT=${ROOT:-runs/quality_faces64}
+TASKS="super_resolution gaussian_deblur motion_deblur random_inpainting box_inpainting"
+what=$1 task=${2:-} steps=${3:-100}
+
+val=(-c configs/data/faces64_val.yaml)
+test=(-c configs/data/faces64.yaml)
+common=(--data.batch_size=16 --trainer.devices=1 --root="$ROOT")
+suffix=$([ "$steps" = 100 ] && echo "" || echo "_$steps")
+dps() { echo "configs/sampler/faces64/dps_$task$1.yaml"; }
+prior=configs/prior/faces64.yaml
+operator=configs/task/faces64/$task.yaml
+measure=configs/equireg/faces64/measure.yaml
+equi=configs/equireg/faces64/dps_$task$suffix.yaml
+
+case $what in
+  tune_zeta)
+    $PYTHON cli.py sweep --name "zeta/${task}_$steps" "${val[@]}" -c "$(dps "")" -c $prior -c "$operator" "${common[@]}" \
+      --data.limit="${COUNT:-16}" --model.num_steps="$steps" --over "model.zeta=$4" ;;
+  tune_lambda)
+    $PYTHON cli.py sweep --name "lambda/${task}_$steps" "${val[@]}" -c "$(dps "$suffix")" -c $prior -c "$operator" -c "$equi" \
+      "${common[@]}" --data.limit="${COUNT:-32}" --over "trainer.callbacks.weight=0,$4" ;;
+  price)
+    $PYTHON cli.py sweep --name "price/$task" "${val[@]}" -c "$(dps "")" -c $prior -c "$operator" -c "$equi" \
+      "${common[@]}" --data.limit="${COUNT:-32}" --over "config=$measure,$equi" --over trainer.callbacks.every=1,5,10 ;;
+  rows)
+    more=$4 count=$5
+    row() { name=$1; shift; $PYTHON cli.py predict "${test[@]}" "$@" "${common[@]}" --data.limit="$count" --name="$task/${steps}_$name"; }
+    if [ "$steps" = 100 ]; then
+      row baseline -c configs/sampler/measurement_baseline.yaml -c "$operator" -c $measure
+      row linear_mmse -c configs/sampler/linear_mmse.yaml -c "$operator" -c $measure
+    fi
+    row dps -c "$(dps "$suffix")" -c $prior -c "$operator" -c $measure
+    row equi_dps -c "$(dps "$suffix")" -c $prior -c "$operator" -c "$equi"
+    row dps_more -c "$(dps "_$more")" -c $prior -c "$operator" -c $measure ;;
+  tables)
+    runs=() groups=()
+    for task in $TASKS; do
+      for name in dps baseline linear_mmse dps_more equi_dps; do runs+=("$ROOT/$task/100_$name"); done
+      groups+=("${task//_/ }")
+    done
+    $PYTHON cli.py compare "${runs[@]}" --group --group-names "${groups[@]}" --metrics psnr ssim equivariance_error \
+      --title "64x64 faces, 100 steps, 100 test faces" --output docs/quality_faces64_100 ;;
+  *) sed -n 2,12p "$0"; exit 2 ;;
+esac
