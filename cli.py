@@ -1,10 +1,11 @@
 """The only entry point: Lightning's fit, validate, test and predict, and a few plain commands."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import equireg  # noqa: F401  its guard must run before lightning is imported
 
@@ -29,8 +30,9 @@ EquiReg: equivariance-regularised diffusion for inverse problems.
 
 An experiment is data x sampler x prior x task x regulariser, one small file each, in this order:
 
-  python cli.py predict -c configs/data/faces64.yaml -c configs/sampler/faces64/dps.yaml -c configs/prior/faces64.yaml
-                        -c configs/task/faces64/super_resolution.yaml -c configs/equireg/faces64.yaml
+  python cli.py predict -c configs/data/faces64.yaml -c configs/sampler/faces64/dps_super_resolution.yaml
+                        -c configs/prior/faces64.yaml -c configs/task/faces64/super_resolution.yaml
+                        -c configs/equireg/faces64/dps_super_resolution.yaml
 
 Lightning commands
   predict   restore measurements with a posterior sampler        results in runs/<name>/
@@ -54,6 +56,31 @@ RECORDERS = ("callbacks.TensorBoardInspector", "callbacks.PredictionWriter", "ca
 
 The writer reports diverged samples by an error at the very end: the inspector must have closed before.
 """
+
+
+NOISE = re.compile(
+    r"^(Does not validate against any|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but )"
+)
+"""What jsonargparse says about the ways in which a value was not understood, beside the one that matters."""
+
+
+def one_sentence(message: str) -> str:
+    """What is wrong, out of jsonargparse's report on everything it tried."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    told = " ".join(dict.fromkeys(line for line in lines if line and not NOISE.match(line)))
+    unknown = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", told)
+    if unknown is None or unknown[1] not in sys.modules:
+        return told
+    names = getattr(sys.modules[unknown[1]], "__all__", [])
+    return f"{unknown[1]}.{unknown[2]} is unknown; available: {', '.join(sorted(names))}"
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"error: {one_sentence(message)}\n(--help shows the options)", file=sys.stderr)
+        sys.exit(2)
 
 
 class RunRecord(SaveConfigCallback):
@@ -166,6 +193,7 @@ def lightning_command(args: list[str]) -> None:
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=Parser,
             save_config_callback=RunRecord,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -223,7 +251,7 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("EQUIREG_TRACEBACK") == "1":
             raise
-        print(f"error: {error}\n(EQUIREG_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {one_sentence(str(error))}\n(EQUIREG_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
 
 

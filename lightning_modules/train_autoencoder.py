@@ -95,8 +95,7 @@ class AutoencoderTraining(LightningModule):
         reconstruction = self.autoencoder(x).float()
         self.log("val/psnr", psnr(reconstruction, x).mean(), prog_bar=True, sync_dist=True, batch_size=len(x))
         if batch_idx == 0:
-            pair = torch.cat([x[: self.num_pictures], reconstruction[: self.num_pictures]])
-            log_pictures(self, "truth_and_reconstruction", pair)
+            self._show(x, reconstruction)
 
     def on_fit_end(self) -> None:
         if self.export and self.trainer.is_global_zero:
@@ -108,13 +107,20 @@ class AutoencoderTraining(LightningModule):
     def test_step(self, batch: dict, batch_idx: int) -> None:
         """Reconstruction PSNR, and the relative equivariance error of the encoder on clean and on noisy images."""
         x = batch["x"]
-        self.log("test/psnr", psnr(self.autoencoder(x), x).mean(), sync_dist=True, batch_size=len(x))
+        reconstruction = self.autoencoder(x)
+        self.log("test/psnr", psnr(reconstruction, x).mean(), sync_dist=True, batch_size=len(x))
+        if batch_idx == 0:
+            self._show(x, reconstruction)
         f = Encoder(self.autoencoder)
         noise = SampleNoise(batch["index"].tolist(), 0, Stream.GROUP)
         g = self.group.draw(noise, len(x), x.device)
         n = noise.randn(tuple(x.shape[1:]), like=x)
         for metric, sigma in zip(self.errors, (0.0, *self.test_sigmas), strict=True):
             metric.update(equivariance_error(f, self.group, x + sigma * n, g))
+
+    def _show(self, x: Tensor, reconstruction: Tensor) -> None:
+        pair = torch.cat([x[: self.num_pictures], reconstruction[: self.num_pictures]])
+        log_pictures(self, "truth_and_reconstruction", pair)
 
     def on_test_epoch_end(self) -> None:
         for metric, sigma in zip(self.errors, (0.0, *self.test_sigmas), strict=True):

@@ -116,6 +116,7 @@ class DiffusionPriorTraining(LightningModule):
                 metric.update((estimate - x_0).square().flatten(1).mean(1))
 
     def on_test_epoch_end(self) -> None:
+        log_pictures(self, "samples", self.sample(self.num_samples))
         for j, sigma in enumerate(self.test_sigmas):
             prior, linear = (metric.compute().sqrt() for metric in self.errors[2 * j : 2 * j + 2])
             self.log(f"test/rmse_prior_sigma{sigma:g}", prior)

@@ -1,5 +1,6 @@
 """What the modules that train something share."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from equireg.groups import Group
-from equireg.pictures import picture_grid
+from equireg.pictures import encode_png, picture_grid, to_uint8
+from equireg.runs import atomic_write
 
 
 def warmup(optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
@@ -37,6 +39,9 @@ def augment(x: Tensor, group: Group | None) -> Tensor:
 
 
 def log_pictures(module: LightningModule, tag: str, images: Tensor) -> None:
-    """Writes images (N, C, H, W) in [-1, 1] as one grid to TensorBoard, on rank zero."""
-    if isinstance(module.logger, TensorBoardLogger) and module.trainer.is_global_zero:
-        module.logger.experiment.add_image(tag, picture_grid(images), module.global_step)
+    """Writes images (N, C, H, W) in [-1, 1] as one grid to TensorBoard and to ``<tag>.png`` in the run's folder."""
+    if not (isinstance(module.logger, TensorBoardLogger) and module.trainer.is_global_zero):
+        return
+    grid = picture_grid(images)
+    module.logger.experiment.add_image(tag, grid, module.global_step)
+    atomic_write(Path(module.logger.log_dir) / f"{tag}.png", encode_png(to_uint8(2 * grid - 1)))

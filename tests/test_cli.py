@@ -177,8 +177,8 @@ def test_bf16_runs_the_network_in_bf16_and_the_sampler_in_float32(workspace: Pat
         (("--data.path=missing.h5",), "missing.h5' does not exist"),
         (("--trainer.precision=16-true",), "precision='16-true' is not supported; available: 32-true, bf16-mixed"),
         (("--trainer.inference_mode=true",), "set trainer.inference_mode=false"),
-        (("--model=lightning_modules.Typo",), "Typo"),
-        (("--model.operator=equireg.operators.Typo",), "Typo"),
+        (("--model=lightning_modules.Typo",), "lightning_modules.Typo is unknown; available: "),
+        (("--model.operator=equireg.operators.Typo",), "equireg.operators.Typo is unknown; available: "),
         (("--model.num_steps=none",), "num_steps"),
         (("--no.such.option=1",), "no.such.option"),
     ],
@@ -186,6 +186,7 @@ def test_bf16_runs_the_network_in_bf16_and_the_sampler_in_float32(workspace: Pat
 def test_a_mistake_is_one_sentence(workspace: Path, tmp_path: Path, capsys, extra: tuple, message: str) -> None:
     error = refused(capsys, *arguments(workspace, tmp_path, "--name=run", *extra))
     assert message in error
+    assert len(error[error.index("error: ") :].splitlines()) == 2  # the sentence, and where to look further
     assert not list(tmp_path.glob("run/predictions/*"))
 
 
