@@ -12,6 +12,7 @@ import equireg  # noqa: F401  its guard must run before lightning is imported
 # isort: split
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -59,7 +60,7 @@ The writer reports diverged samples by an error at the very end: the inspector m
 
 
 NOISE = re.compile(
-    r"^(Does not validate against any|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but )"
+    r"^(Does not validate against|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but )"
 )
 """What jsonargparse says about the ways in which a value was not understood, beside the one that matters."""
 
@@ -248,7 +249,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         command = COMMANDS[args[0]]
         return (command(args[1:]) if command else lightning_command(args)) or 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MisconfigurationException) as error:
         if os.environ.get("EQUIREG_TRACEBACK") == "1":
             raise
         print(f"error: {one_sentence(str(error))}\n(EQUIREG_TRACEBACK=1 shows where)", file=sys.stderr)

@@ -179,7 +179,7 @@ def test_bf16_runs_the_network_in_bf16_and_the_sampler_in_float32(workspace: Pat
         (("--trainer.inference_mode=true",), "set trainer.inference_mode=false"),
         (("--model=lightning_modules.Typo",), "lightning_modules.Typo is unknown; available: "),
         (("--model.operator=equireg.operators.Typo",), "equireg.operators.Typo is unknown; available: "),
-        (("--model.num_steps=none",), "num_steps"),
+        (("--model.num_steps=none",), "respacing='none' must be a number of steps"),
         (("--no.such.option=1",), "no.such.option"),
     ],
 )

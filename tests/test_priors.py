@@ -109,6 +109,12 @@ def test_a_saved_prior_comes_back_within_half_precision(tiny_prior: VPPrior, tmp
     assert [file.name for file in tmp_path.iterdir()] == ["prior.safetensors"]
 
 
+def test_a_fixed_variance_is_chosen_at_sampling(tiny_prior: VPPrior, tmp_path: Path) -> None:
+    tiny_prior.save(tmp_path / "prior.safetensors")
+    for variance in ("fixed_small", "fixed_large"):
+        assert VPPrior(str(tmp_path / "prior.safetensors"), variance=variance).variance == variance
+
+
 def test_a_diffusers_folder_is_a_prior(tmp_path: Path) -> None:
     torch.manual_seed(0)
     unet = UNet2DModel(**TINY_UNET)

@@ -37,6 +37,7 @@ class VPPrior(nn.Module):
         space_to_depth: blocks of pixels folded into channels in front of the network.
         prediction: what the network was trained to predict.
         variance: variance of the ancestral step; the learned ones take the second half of the network's channels.
+            Of the fixed ones the small is the better in short chains.
         num_train_timesteps: T.
         beta_schedule, beta_start, beta_end: the noise schedule of the training.
         clip: clip x0_hat to [-1, 1], inside the autograd graph (guided-diffusion's habit).
@@ -130,9 +131,12 @@ class VPPrior(nn.Module):
             "beta_end": 0.02,
         }
         given = {name: value for name, value in asked.items() if value is not None}
-        self.description = {"kind": self.kind} | defaults | given
-        self.prediction: Prediction = self.description["prediction"]
-        self.variance: Variance = self.description["variance"]
+        chosen = defaults | given
+        self.prediction: Prediction = chosen["prediction"]
+        self.variance: Variance = chosen["variance"]
+        if not learned:
+            del chosen["variance"]  # a choice of the sampler, not of the weights
+        self.description = {"kind": self.kind} | chosen
         if self.variance.startswith("learned") != learned:
             raise ValueError(
                 f"variance={self.variance!r} does not fit a network with {network.in_channels} channels in and "
