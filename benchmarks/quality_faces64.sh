@@ -17,7 +17,7 @@ what=$1 task=${2:-} steps=${3:-100}
 
 val=(-c configs/data/faces64_val.yaml)
 test=(-c configs/data/faces64.yaml)
-common=(--data.batch_size=16 --trainer.devices=1 --root="$ROOT")
+common=(--data.batch_size=16 --trainer.devices=1 --trainer.precision=bf16-mixed --root="$ROOT")
 suffix=$([ "$steps" = 100 ] && echo "" || echo "_$steps")
 dps() { echo "configs/sampler/faces64/dps_$task$1.yaml"; }
 prior=configs/prior/faces64.yaml

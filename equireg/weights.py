@@ -31,6 +31,7 @@ def save_weights(path: str | Path, state: dict[str, Tensor], description: dict[s
     }
     partial = path.with_name(f".{path.name}.tmp")
     save_file(tensors, partial, metadata={"equireg": json.dumps(description, sort_keys=True)})
+    partial.chmod(0o644)  # safetensors makes files that others cannot read
     os.replace(partial, path)
 
 
