@@ -108,6 +108,12 @@ class RunRecord(SaveConfigCallback):
 class EquiRegCLI(LightningCLI):
     """LightningCLI with a named run folder and the recording callbacks."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The command asked for alone: building the parsers of the others takes longer than many runs."""
+        every = LightningCLI.subcommands()
+        return {name: skipped for name, skipped in every.items() if name == sys.argv[1]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--name",

@@ -3,9 +3,10 @@
 #
 #   bash benchmarks/quality_faces64.sh tune_zeta  TASK STEPS "0.5,1,2"   DPS step sizes, val
 #   bash benchmarks/quality_faces64.sh tune_lambda TASK STEPS "0.3,1,3"  EquiReg weights at the chosen step size, val
-#   bash benchmarks/quality_faces64.sh rows TASK STEPS MORE COUNT        the five rows on COUNT test faces
+#   bash benchmarks/quality_faces64.sh rows TASK STEPS MORE COUNT        the five rows on COUNT test faces (MORE: steps at
+#                                                                        the cost of Equi-DPS); ONLY="dps equi_dps" some
 #   bash benchmarks/quality_faces64.sh price TASK                        EquiReg at every step, every 5th, every 10th, val
-#   bash benchmarks/quality_faces64.sh tables                            docs/*.md from the runs
+#   bash benchmarks/quality_faces64.sh tables                            docs/quality_faces64_100.md, docs/tuning_faces64/
 #
 # TASK is super_resolution, gaussian_deblur, motion_deblur, random_inpainting or box_inpainting. Runs are resumable.
 set -euo pipefail
@@ -13,7 +14,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 ROOT=${ROOT:-runs/quality_faces64}
 TASKS="super_resolution gaussian_deblur motion_deblur random_inpainting box_inpainting"
-what=$1 task=${2:-} steps=${3:-100}
+what=${1:-help} task=${2:-} steps=${3:-100}
 
 val=(-c configs/data/faces64_val.yaml)
 test=(-c configs/data/faces64.yaml)
@@ -37,7 +38,9 @@ case $what in
       "${common[@]}" --data.limit="${COUNT:-32}" --over "config=$measure,$equi" --over trainer.callbacks.every=1,5,10 ;;
   rows)
     more=$4 count=$5
-    row() { name=$1; shift; $PYTHON cli.py predict "${test[@]}" "$@" "${common[@]}" --data.limit="$count" --name="$task/${steps}_$name"; }
+    row() { name=$1; shift; [[ " ${ONLY:-$name} " == *" $name "* ]] || return 0
+      $PYTHON cli.py predict "${test[@]}" "$@" "${common[@]}" --data.limit="$count" --name="$task/${steps}_$name"
+    }
     if [ "$steps" = 100 ]; then
       row baseline -c configs/sampler/measurement_baseline.yaml -c "$operator" -c $measure
       row linear_mmse -c configs/sampler/linear_mmse.yaml -c "$operator" -c $measure
@@ -46,12 +49,22 @@ case $what in
     row equi_dps -c "$(dps "$suffix")" -c $prior -c "$operator" -c "$equi"
     row dps_more -c "$(dps "_$more")" -c $prior -c "$operator" -c $measure ;;
   tables)
-    runs=() groups=()
+    mkdir -p docs/tuning_faces64
+    for kind in zeta lambda price; do
+      for folder in "$ROOT/$kind"/*/; do
+        [ -f "$folder/sweep.md" ] && cp "$folder/sweep.md" "docs/tuning_faces64/${kind}_$(basename "$folder").md"
+      done
+    done
+    runs=() names=() groups=()
     for task in $TASKS; do
-      for name in dps baseline linear_mmse dps_more equi_dps; do runs+=("$ROOT/$task/100_$name"); done
+      for name in dps baseline linear_mmse dps_more equi_dps; do
+        [ -f "$ROOT/$task/${steps}_$name/metrics.csv" ] || continue
+        runs+=("$ROOT/$task/${steps}_$name") names+=("$name")
+      done
       groups+=("${task//_/ }")
     done
-    $PYTHON cli.py compare "${runs[@]}" --group --group-names "${groups[@]}" --metrics psnr ssim equivariance_error \
-      --title "64x64 faces, 100 steps, 100 test faces" --output docs/quality_faces64_100 ;;
+    $PYTHON cli.py compare "${runs[@]}" --names "${names[@]}" --group --group-names "${groups[@]}" \
+      --metrics psnr ssim data_misfit equivariance_error seconds --title "64x64 faces, $steps steps" \
+      --output "docs/quality_faces64_$steps" ;;
   *) sed -n 2,12p "$0"; exit 2 ;;
 esac
