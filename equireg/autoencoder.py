@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from equireg.priors.networks import fold, unfold
-from equireg.weights import RANDOM, load_state, load_weights, save_weights
+from equireg.weights import RANDOM, load_state, load_weights, read_diffusers_config, save_weights
 
 CLASSES = {"kl": AutoencoderKL, "vq": VQModel}
 
@@ -17,8 +17,8 @@ class Autoencoder(nn.Module):
     """diffusers' AutoencoderKL or VQModel with a deterministic encoder, for images in [-1, 1].
 
     Args:
-        weights: a .safetensors file of this library, or "random" for untrained weights, which need ``family`` and
-            ``network``.
+        weights: a .safetensors file of this library, a diffusers folder (config.json beside its .safetensors), or
+            "random" for untrained weights, which need ``family`` and ``network``.
         family: "kl" (AutoencoderKL) or "vq" (VQModel); read from ``weights`` when left out.
         network: arguments of that class; read from ``weights`` when left out, checked against them otherwise. Its
             channels are those after folding.
@@ -40,7 +40,7 @@ class Autoencoder(nn.Module):
     ) -> None:
         super().__init__()
         asked = {"family": family, "network": network, "space_to_depth": space_to_depth}
-        described, state = ({}, None) if weights == RANDOM else load_weights(weights, self.kind)
+        described, state = _read(weights)
         for name, value in asked.items():
             if value is None:
                 asked[name] = described.get(name)
@@ -111,6 +111,22 @@ class Autoencoder(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes a file that ``Autoencoder(weights=path)`` reads, in half precision."""
         save_weights(path, self.net.state_dict(), self.description)
+
+
+def _read(weights: str) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """Description and tensors behind the argument ``weights``; no tensors for random ones."""
+    if weights == RANDOM:
+        return {}, None
+    if not Path(weights).is_dir():
+        return load_weights(weights, Autoencoder.kind)
+    config = read_diffusers_config(weights)
+    families = {cls.__name__: family for family, cls in CLASSES.items()}
+    if config.get("_class_name") not in families:
+        raise ValueError(f"weights={weights!r} holds a {config.get('_class_name')}, not one of {', '.join(families)}")
+    family = families[config["_class_name"]]
+    state = CLASSES[family].from_pretrained(weights, use_safetensors=True).state_dict()
+    network = {name: value for name, value in config.items() if not name.startswith("_")}
+    return {"family": family, "network": network}, state
 
 
 def kl_divergence(moments: Tensor) -> Tensor:

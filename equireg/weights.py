@@ -67,6 +67,18 @@ def load_weights(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
     return description, {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
 
 
+def read_diffusers_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a diffusers folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"weights={str(folder)!r} is a folder without config.json; a diffusers folder has one")
+    return json.loads(path.read_text())
+
+
 def load_state(module: torch.nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Strict ``load_state_dict`` with a one-sentence error.
 

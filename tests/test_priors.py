@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from equireg.autoencoder import Autoencoder
 from equireg.noise import SampleNoise, Stream
 from equireg.priors import VPPrior, space_timesteps
-from tests.conftest import TINY_UNET
+from tests.conftest import TINY_AUTOENCODER, TINY_UNET
 
 
 class Known(nn.Module):
@@ -122,6 +122,20 @@ def test_a_diffusers_folder_is_a_prior(tmp_path: Path) -> None:
     prior = VPPrior(str(tmp_path))
     x = torch.rand(1, 4, 8, 8)
     torch.testing.assert_close(prior.network(x, torch.tensor([7])), unet(x, torch.tensor([7])).sample)
+
+
+@pytest.mark.parametrize("family", ["kl", "vq"])
+def test_a_diffusers_folder_is_an_autoencoder(tmp_path: Path, family: str) -> None:
+    torch.manual_seed(0)
+    made = Autoencoder("random", family, TINY_AUTOENCODER)
+    made.net.save_pretrained(tmp_path)
+    loaded = Autoencoder(str(tmp_path))
+    assert loaded.family == family
+    x = torch.rand(1, 1, 16, 16)
+    torch.testing.assert_close(loaded.features(x), made.features(x))
+    UNet2DModel(**TINY_UNET).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="holds a UNet2DModel, not one of AutoencoderKL, VQModel"):
+        Autoencoder(str(tmp_path / "unet"))
 
 
 def test_random_weights_are_asked_for_by_name_and_need_a_network() -> None:

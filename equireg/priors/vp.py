@@ -1,6 +1,5 @@
 """Variance-preserving (DDPM) diffusion priors."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from equireg.noise import Noise
 from equireg.priors.networks import UNet, as_batch
 from equireg.priors.schedule import BetaSchedule, VPSchedule, VPStep, make_betas, space_timesteps
-from equireg.weights import RANDOM, load_state, load_weights, save_weights
+from equireg.weights import RANDOM, load_state, load_weights, read_diffusers_config, save_weights
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
@@ -237,11 +236,7 @@ def _read(weights: str) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """Description and tensors behind the argument ``weights``; no tensors for random ones."""
     if weights == RANDOM:
         return {}, None
-    folder = Path(weights)
-    if folder.is_dir():
-        config_file = folder / "config.json"
-        if not config_file.is_file():
-            raise FileNotFoundError(f"weights={weights!r} is a folder without config.json; a diffusers folder has one")
-        config = {k: v for k, v in json.loads(config_file.read_text()).items() if not k.startswith("_")}
-        return {"network": config}, UNet2DModel.from_pretrained(folder, use_safetensors=True).state_dict()
+    if Path(weights).is_dir():
+        network = {k: v for k, v in read_diffusers_config(weights).items() if not k.startswith("_")}
+        return {"network": network}, UNet2DModel.from_pretrained(weights, use_safetensors=True).state_dict()
     return load_weights(weights, VPPrior.kind)
