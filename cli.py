@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,8 @@ from equireg.commands.compare import compare_command
 from equireg.commands.export import export_command
 from equireg.commands.sweep import sweep_command
 from equireg.runs import atomic_write
+
+warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # between lightning and torch, not the user's
 
 HELP = """\
 EquiReg: equivariance-regularised diffusion for inverse problems.
