@@ -125,14 +125,8 @@ class DiffusionPriorTraining(LightningModule):
 
     def _denoise(self, noisy: Tensor, t: int) -> Tensor:
         """x0_hat, unclipped, from x_0 + sigma_t n."""
-        alpha_bar = self.alpha_bar[t]
-        x_t = alpha_bar.sqrt() * noisy
-        output = self.prior.network(x_t, as_batch(t, x_t))
-        if self.prior.prediction == "epsilon":
-            return (x_t - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
-        if self.prior.prediction == "sample":
-            return output
-        return alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * output
+        x_t = self.alpha_bar[t].sqrt() * noisy
+        return self.prior.tweedie(x_t, self.prior.network(x_t, as_batch(t, x_t)), float(self.alpha_bar[t]))
 
     def _loss(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Squared error of the network's answer per image (B,), for x_0 noised with eps to the timesteps t (B,)."""

@@ -170,20 +170,22 @@ class VPPrior(nn.Module):
     def forward(self, x_t: Tensor, step: VPStep) -> Denoised:
         """x0_hat (Tweedie), eps and log-variance at a step of the schedule; x_t is (B, C, H, W)."""
         output, v = self._split(self._run_network(x_t, as_batch(step.t, x_t)))
-        alpha_bar = step.alpha_bar
-        if self.prediction == "epsilon":
-            x0_hat = math.sqrt(1 / alpha_bar) * x_t - math.sqrt(1 / alpha_bar - 1) * output
-        elif self.prediction == "sample":
-            x0_hat = output
-        else:
-            x0_hat = math.sqrt(alpha_bar) * x_t - math.sqrt(1 - alpha_bar) * output
+        x0_hat = self.tweedie(x_t, output, step.alpha_bar)
         if self.prediction == "epsilon":
             eps = output
         else:
-            eps = (x_t - math.sqrt(alpha_bar) * x0_hat) / math.sqrt(1 - alpha_bar)
+            eps = (x_t - math.sqrt(step.alpha_bar) * x0_hat) / math.sqrt(1 - step.alpha_bar)
         if self.clip:
             x0_hat = x0_hat.clamp(-1, 1)
         return Denoised(x0_hat, eps, self._log_variance(v, step))
+
+    def tweedie(self, x_t: Tensor, output: Tensor, alpha_bar: float) -> Tensor:
+        """E[x_0 | x_t], unclipped, from the network's output at x_t."""
+        if self.prediction == "epsilon":
+            return math.sqrt(1 / alpha_bar) * x_t - math.sqrt(1 / alpha_bar - 1) * output
+        if self.prediction == "sample":
+            return output
+        return math.sqrt(alpha_bar) * x_t - math.sqrt(1 - alpha_bar) * output
 
     @torch.no_grad()
     def ancestral_step(self, x_t: Tensor, denoised: Denoised, step: VPStep, noise: Noise) -> Tensor:
