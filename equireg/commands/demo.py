@@ -103,9 +103,11 @@ def _photograph(folder: Path) -> Path:
 
 
 def _figure(runs: dict[tuple[str, str], Path], path: Path) -> None:
-    """Tasks in rows; truth, measurement and one draw of every sampler in columns, with its PSNR."""
+    """Tasks in rows; truth, measurement and the first draw of every sampler in columns, with the mean PSNR of its draws."""
     columns = ("truth", "measurement", *SAMPLERS)
     figure, axes = plt.subplots(len(TASKS), len(columns), figsize=(2.1 * len(columns), 2.15 * len(TASKS)))
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column)
     for row, task in zip(axes, TASKS, strict=True):
         first = read_run(runs[task, "DPS"]).rows[0]
         inspected = {
@@ -121,9 +123,7 @@ def _figure(runs: dict[tuple[str, str], Path], path: Path) -> None:
             axis.set_yticks([])
             if column in SAMPLERS:
                 psnr = np.mean([r.metrics["psnr"] for r in read_run(runs[task, column]).rows if r.index == first.index])
-                axis.set_xlabel(f"{psnr:.2f} dB")
-            if row is axes[0]:
-                axis.set_title(column)
+                axis.set_xlabel(f"{psnr:.2f} dB over the draws")
         row[0].set_ylabel(task.replace("_", " "))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
