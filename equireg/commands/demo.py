@@ -103,7 +103,7 @@ def _photograph(folder: Path) -> Path:
 
 
 def _figure(runs: dict[tuple[str, str], Path], path: Path) -> None:
-    """Tasks in rows; truth, measurement and the first draw of every sampler in columns, with the mean PSNR of its draws."""
+    """Tasks in rows; truth, measurement and every sampler's first draw in columns, with the mean PSNR of its draws."""
     columns = ("truth", "measurement", *SAMPLERS)
     figure, axes = plt.subplots(len(TASKS), len(columns), figsize=(2.1 * len(columns), 2.15 * len(TASKS)))
     for axis, column in zip(axes[0], columns, strict=True):
