@@ -3,7 +3,7 @@
     python benchmarks/reproducibility.py [--path ../shared/data/faces64.h5]
 
 Restores eight faces with 50 DPS steps (Equi-DPS, random inpainting): at batch 1, 3 and 8, twice at batch 3, with two
-processes, and in a run that is killed three times at random moments and started again. Prints the largest absolute
+processes at batch 1, and in a run that is killed three times at random moments and started again. Prints the largest absolute
 difference of a pixel ([-1, 1]) to the run at batch 1, and what the killed run left behind.
 """
 
@@ -86,7 +86,7 @@ def main() -> None:
             "batch3": ("--trainer.devices=1", "--data.batch_size=3"),
             "batch3_again": ("--trainer.devices=1", "--data.batch_size=3"),
             "batch8": ("--trainer.devices=1", "--data.batch_size=8"),
-            "two_processes": ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=3"),
+            "two_processes": ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1"),
         }.items():
             run(command(options, folder, name, *extra))
         for name in ("batch3", "batch8", "two_processes"):
