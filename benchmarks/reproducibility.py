@@ -3,8 +3,8 @@
     python benchmarks/reproducibility.py [--path ../shared/data/faces64.h5]
 
 Restores eight faces with 50 DPS steps (Equi-DPS, random inpainting): at batch 1, 3 and 8, twice at batch 3, with two
-processes at batch 1, and in a run that is killed three times at random moments and started again. Prints the largest absolute
-difference of a pixel ([-1, 1]) to the run at batch 1, and what the killed run left behind.
+processes at batch 1, and in a run that is killed three times at random moments and started again. Prints the largest
+absolute difference of a pixel ([-1, 1]) to the run at batch 1, and what the killed run left behind.
 """
 
 import argparse

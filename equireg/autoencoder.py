@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from equireg.priors.networks import fold, unfold
-from equireg.weights import RANDOM, load_state, load_weights, read_diffusers_config, save_weights
+from equireg.weights import RANDOM, load_state, load_weights, read_diffusers_config, save_weights, settle
 
 CLASSES = {"kl": AutoencoderKL, "vq": VQModel}
 
@@ -39,13 +39,8 @@ class Autoencoder(nn.Module):
         space_to_depth: int | None = None,
     ) -> None:
         super().__init__()
-        asked = {"family": family, "network": network, "space_to_depth": space_to_depth}
         described, state = _read(weights)
-        for name, value in asked.items():
-            if value is None:
-                asked[name] = described.get(name)
-            elif name in described and value != described[name]:
-                raise ValueError(f"{name}={value!r} contradicts weights={weights!r}, made with {described[name]!r}")
+        asked = settle({"family": family, "network": network, "space_to_depth": space_to_depth}, described, weights)
         if asked["family"] is None or asked["network"] is None:
             raise ValueError("weights='random' needs family='kl' or 'vq' and that class's arguments: network={...}")
         asked["space_to_depth"] = asked["space_to_depth"] or 1

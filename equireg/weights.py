@@ -67,6 +67,18 @@ def load_weights(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
     return description, {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
 
 
+def settle(asked: dict[str, Any], described: dict[str, Any], weights: str) -> dict[str, Any]:
+    """The arguments of a network: those left at None take the value that the weights were made with.
+
+    Raises:
+        ValueError: if an argument contradicts the weights.
+    """
+    for name, value in asked.items():
+        if value is not None and name in described and value != described[name]:
+            raise ValueError(f"{name}={value!r} contradicts weights={weights!r}, made with {described[name]!r}")
+    return {name: described.get(name) if value is None else value for name, value in asked.items()}
+
+
 def read_diffusers_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a diffusers folder.
 

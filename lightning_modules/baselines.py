@@ -58,8 +58,7 @@ class LinearMMSE(PosteriorSampler):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        train = self.trainer.datamodule.dataset("train")
-        self.statistics = ImageStatistics(torch.stack([train[i]["x"] for i in range(len(train))]))
+        self.statistics = ImageStatistics.of(self.trainer.datamodule.dataset("train"))
 
     @torch.no_grad()
     def sample(self, y: Tensor, operator: LinearOperator, noise: Noise) -> Tensor:

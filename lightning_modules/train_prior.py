@@ -98,8 +98,7 @@ class DiffusionPriorTraining(LightningModule):
         return x_t
 
     def on_test_start(self) -> None:
-        train = self.trainer.datamodule.dataset("train")
-        self.statistics = ImageStatistics(torch.stack([train[i]["x"] for i in range(len(train))]))
+        self.statistics = ImageStatistics.of(self.trainer.datamodule.dataset("train"))
 
     def test_step(self, batch: dict, batch_idx: int) -> None:
         """Root mean square denoising errors of the prior and of the linear denoiser at the same noisy images."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from equireg.noise import Noise
 from equireg.priors.networks import UNet, as_batch
 from equireg.priors.schedule import BetaSchedule, VPSchedule, VPStep, make_betas, space_timesteps
-from equireg.weights import RANDOM, load_state, load_weights, read_diffusers_config, save_weights
+from equireg.weights import RANDOM, load_state, load_weights, read_diffusers_config, save_weights, settle
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
@@ -76,11 +76,7 @@ class VPPrior(nn.Module):
             "beta_end": beta_end,
         }
         described, state = _read(weights)
-        for name, value in asked.items():
-            if value is None:
-                asked[name] = described.get(name)
-            elif name in described and value != described[name]:
-                raise ValueError(f"{name}={value!r} contradicts weights={weights!r}, made with {described[name]!r}")
+        asked = settle(asked, described, weights)
         if asked["network"] is None:
             raise ValueError("weights='random' needs the arguments of the network: network={...}")
         self._complete(UNet(asked["network"], asked["space_to_depth"] or 1), asked, clip)
