@@ -14,7 +14,7 @@ from equireg.metrics import psnr
 from equireg.mpe import Encoder
 from equireg.noise import SampleNoise, Stream
 from equireg.regularizer import equivariance_error
-from lightning_modules.training import augment, describe, log_pictures, warmup
+from lightning_modules.training import augment, describe, log_pictures, scheduled
 
 
 class AutoencoderTraining(LightningModule):
@@ -26,8 +26,9 @@ class AutoencoderTraining(LightningModule):
     Args:
         autoencoder: what to train; random weights are asked for by name.
         group: name of the group whose elements move the training images.
-        lr: learning rate of Adam, constant after the warm-up.
+        lr: highest learning rate of Adam.
         warmup_steps: steps of linear warm-up.
+        decay_steps: last steps, over which the learning rate falls linearly to 0.
         kl_weight: weight of the KL term, per pixel, against the mean squared error (KL family).
         equivariance_weight: weight of the relative squared equivariance error of the latent on training images. The
             augmentation alone leaves a latent free to carry odd features (their sign changes under a flip); this term
@@ -43,6 +44,7 @@ class AutoencoderTraining(LightningModule):
         group: str = "hflip",
         lr: float = 5e-4,
         warmup_steps: int = 200,
+        decay_steps: int = 0,
         kl_weight: float = 1e-6,
         equivariance_weight: float = 0.0,
         test_sigmas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0),
@@ -54,6 +56,7 @@ class AutoencoderTraining(LightningModule):
         self.group = get_group(group)
         self.lr = lr
         self.warmup_steps = warmup_steps
+        self.decay_steps = decay_steps
         self.kl_weight = kl_weight
         self.equivariance_weight = equivariance_weight
         self.test_sigmas = test_sigmas
@@ -61,7 +64,8 @@ class AutoencoderTraining(LightningModule):
         self.export = export
 
     def configure_optimizers(self) -> dict:
-        return warmup(torch.optim.Adam(self.parameters(), lr=self.lr), self.warmup_steps)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        return scheduled(optimizer, self.warmup_steps, self.decay_steps, self.trainer.max_steps)
 
     def setup(self, stage: str) -> None:
         self.autoencoder.check_shape(self.trainer.datamodule.image_shape)

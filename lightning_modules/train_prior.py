@@ -12,7 +12,7 @@ from equireg.groups import get_group
 from equireg.noise import SampleNoise, Stream
 from equireg.priors import VPPrior
 from equireg.priors.networks import as_batch
-from lightning_modules.training import augment, describe, log_pictures, warmup
+from lightning_modules.training import augment, describe, log_pictures, scheduled
 
 
 class DiffusionPriorTraining(LightningModule):
@@ -23,8 +23,9 @@ class DiffusionPriorTraining(LightningModule):
 
     Args:
         prior: the prior to train; random weights are asked for by name.
-        lr: learning rate of Adam, constant after the warm-up.
+        lr: highest learning rate of Adam.
         warmup_steps: steps of linear warm-up.
+        decay_steps: last steps, over which the learning rate falls linearly to 0.
         augmentation: name of a group whose random elements are applied to training images; none when null.
         num_samples: images in the sample grid.
         sample_steps: ancestral steps of the grid.
@@ -37,6 +38,7 @@ class DiffusionPriorTraining(LightningModule):
         prior: VPPrior,
         lr: float = 3e-4,
         warmup_steps: int = 500,
+        decay_steps: int = 0,
         augmentation: str | None = "hflip",
         num_samples: int = 16,
         sample_steps: int = 100,
@@ -47,6 +49,7 @@ class DiffusionPriorTraining(LightningModule):
         self.prior = prior
         self.lr = lr
         self.warmup_steps = warmup_steps
+        self.decay_steps = decay_steps
         self.group = None if augmentation is None else get_group(augmentation)
         self.num_samples = num_samples
         self.sample_steps = sample_steps
@@ -55,7 +58,8 @@ class DiffusionPriorTraining(LightningModule):
         self.register_buffer("alpha_bar", torch.from_numpy(prior.alpha_bar).float(), persistent=False)
 
     def configure_optimizers(self) -> dict:
-        return warmup(torch.optim.Adam(self.parameters(), lr=self.lr), self.warmup_steps)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        return scheduled(optimizer, self.warmup_steps, self.decay_steps, self.trainer.max_steps)
 
     def setup(self, stage: str) -> None:
         self.prior.check_shape(self.trainer.datamodule.image_shape)

@@ -13,9 +13,27 @@ from equireg.pictures import encode_png, picture_grid, to_uint8
 from equireg.runs import atomic_write
 
 
-def warmup(optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
-    """The optimizer with a learning rate that rises linearly over ``steps`` steps and then stays."""
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(steps, 1)))
+def scheduled(optimizer: torch.optim.Optimizer, warmup: int, decay: int = 0, max_steps: int = -1) -> dict[str, Any]:
+    """The optimizer with a learning rate that rises linearly, stays, and falls linearly to 0 at the end.
+
+    Args:
+        optimizer: holds the highest learning rate.
+        warmup: steps of the rise.
+        decay: steps of the fall; 0 leaves it out.
+        max_steps: the last step of the training, where the fall ends.
+
+    Raises:
+        ValueError: if there is a fall but no last step.
+    """
+    if decay and max_steps < 1:
+        raise ValueError(f"decay_steps={decay} needs trainer.max_steps: the learning rate falls towards the last step")
+
+    def factor(step: int) -> float:
+        rise = (step + 1) / max(warmup, 1)
+        fall = (max_steps - step) / decay if decay else 1.0
+        return max(0.0, min(1.0, rise, fall))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
