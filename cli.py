@@ -1,5 +1,6 @@
 """The only entry point: Lightning's fit, validate, test and predict, and a few plain commands."""
 
+import inspect
 import os
 import re
 import sys
@@ -22,8 +23,11 @@ from lightning.pytorch.trainer import Trainer
 import callbacks  # noqa: F401  imported so that short class names resolve
 import datamodules  # noqa: F401
 import lightning_modules
+from equireg.commands.checkpoint import checkpoint_command
 from equireg.commands.compare import compare_command
 from equireg.commands.export import export_command
+from equireg.commands.generate import generate_command
+from equireg.commands.matrix import matrix_command
 from equireg.commands.sweep import sweep_command
 from equireg.runs import atomic_write
 
@@ -48,7 +52,10 @@ Other commands
   demo      restore a photograph under four tasks, with and without EquiReg
   compare   one table from several runs, with paired differences and 95 % intervals
   sweep     a grid of settings as resumable runs, then one table
+  matrix    which sampler restores which measurements, and what attaches to it
   export    a weight file from a training checkpoint
+  generate  fields of the Navier-Stokes or Helmholtz equation
+  checkpoint convert  published weights in this library's format, without running their code
   data pack a folder of pictures into one HDF5 file
 
 `python cli.py COMMAND --help` shows a command's options; `python cli.py predict --model.help lightning_modules.DPS`
@@ -225,6 +232,12 @@ def data_command(args: list[str]) -> int:
     return pack_command(args[1:])
 
 
+def samplers() -> list[type[lightning_modules.PosteriorSampler]]:
+    """Every sampler that ``predict`` runs."""
+    kinds = [getattr(lightning_modules, name) for name in lightning_modules.__all__]
+    return [k for k in kinds if issubclass(k, lightning_modules.PosteriorSampler) and not inspect.isabstract(k)]
+
+
 def demo_command(args: list[str]) -> int:
     """demo; its picture comes from an optional package."""
     from equireg.commands.demo import demo
@@ -236,7 +249,10 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": compare_command,
     "sweep": lambda args: sweep_command(args, run=lightning_command),
     "demo": demo_command,
+    "matrix": lambda args: matrix_command(args, samplers()),
     "export": export_command,
+    "generate": generate_command,
+    "checkpoint": checkpoint_command,
     "data": data_command,
     **dict.fromkeys(("fit", "validate", "test", "predict"), None),
 }

@@ -16,7 +16,8 @@ ROOT=${ROOT:-runs/quality_faces64}
 TASKS="super_resolution gaussian_deblur motion_deblur random_inpainting box_inpainting"
 what=${1:-help} task=${2:-} steps=${3:-100}
 
-val=(-c configs/data/faces64_val.yaml)
+searched=${COUNT:-16}  # val faces of a search, spread over the split: neighbours in it are pictures of one person
+val=(-c configs/data/faces64_val.yaml "--data.indices=[$(seq -s, 0 $((935 / searched)) $((935 / searched * (searched - 1))))]")
 test=(-c configs/data/faces64.yaml)
 common=(--data.batch_size=16 --trainer.devices=1 --trainer.precision=bf16-mixed --root="$ROOT")
 suffix=$([ "$steps" = 100 ] && echo "" || echo "_$steps")
@@ -29,13 +30,13 @@ equi=configs/equireg/faces64/dps_$task$suffix.yaml
 case $what in
   tune_zeta)
     $PYTHON cli.py sweep --name "zeta/${task}_$steps" "${val[@]}" -c "$(dps "")" -c $prior -c "$operator" "${common[@]}" \
-      --data.limit="${COUNT:-16}" --model.num_steps="$steps" --over "model.zeta=$4" ;;
+      --model.num_steps="$steps" --over "model.zeta=$4" ;;
   tune_lambda)
     $PYTHON cli.py sweep --name "lambda/${task}_$steps" "${val[@]}" -c "$(dps "$suffix")" -c $prior -c "$operator" -c "$equi" \
-      "${common[@]}" --data.limit="${COUNT:-32}" --over "trainer.callbacks.weight=0,$4" ;;
+      "${common[@]}" --over "trainer.callbacks.weight=0,$4" ;;
   price)
     $PYTHON cli.py sweep --name "price/$task" "${val[@]}" -c "$(dps "")" -c $prior -c "$operator" -c "$equi" \
-      "${common[@]}" --data.limit="${COUNT:-32}" --over "config=$measure,$equi" --over trainer.callbacks.every=1,5,10 ;;
+      "${common[@]}" --over "config=$measure,$equi" --over trainer.callbacks.every=1,5,10 ;;
   rows)
     more=$4 count=$5
     row() { name=$1; shift; [[ " ${ONLY:-$name} " == *" $name "* ]] || return 0

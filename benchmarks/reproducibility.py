@@ -4,10 +4,12 @@
 
 Restores eight faces with 50 DPS steps (Equi-DPS, random inpainting): at batch 1, 3 and 8, twice at batch 3, with two
 processes at batch 1, and in a run that is killed three times at random moments and started again. Prints the largest
-absolute difference of a pixel ([-1, 1]) to the run at batch 1, and what the killed run left behind.
+absolute difference of a pixel ([-1, 1]) to the run at batch 1, and what the killed run left behind. The prior evaluates
+image by image (``--batched``: whole batches) and every process has one thread.
 """
 
 import argparse
+import os
 import random
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # else the number of threads depends on the number of processes
 FILES = (
     "data/faces64.yaml",
     "sampler/faces64/dps_random_inpainting.yaml",
@@ -31,12 +34,16 @@ FILES = (
 def command(options: argparse.Namespace, folder: Path, name: str, *extra: str) -> list[str]:
     files = [part for file in FILES for part in ("-c", f"configs/{file}")]
     fixed = [f"--data.path={options.path}", f"--data.limit={options.count}", f"--model.num_steps={options.num_steps}"]
+    if not options.batched:
+        fixed.append("--model.prior.init_args.image_by_image=true")
     fixed += [f"--root={folder}", f"--name={name}", "--trainer.accelerator=cpu"]
     return [sys.executable, "cli.py", "predict", *files, *fixed, *(extra or ("--trainer.devices=1",))]
 
 
 def run(arguments: list[str]) -> None:
-    subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        arguments, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def predictions(folder: Path) -> dict[str, np.ndarray]:
@@ -57,7 +64,9 @@ def killed_run(options: argparse.Namespace, folder: Path, seconds: float) -> tup
     finished, written = [], {}
     redone = 0
     for _ in range(3):
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(seconds * generator.uniform(0.3, 0.6))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -76,6 +85,7 @@ def main() -> None:
     parser.add_argument("--path", default="../shared/data/faces64.h5")
     parser.add_argument("--num_steps", type=int, default=50)
     parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--batched", action="store_true", help="let the network evaluate a batch as one, as by default")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,5 +1,6 @@
 """The regulariser as a callback: EquiReg plugs into any sampler."""
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from equireg.mpe import MPE
@@ -14,7 +15,7 @@ class EquiReg(Callback):
         group: name of the transformation group.
         weight: lambda; 0 measures the equivariance error of the result and changes nothing.
         loss: ``equi`` S_g f(x) - f(T_g x), or ``equicon`` x - T_g^-1 f(T_g x).
-        reduction: ``norm``, ``sqnorm`` or ``mse`` of the difference, per image.
+        reduction: ``norm``, ``sqnorm``, ``mse`` or ``rms`` of the difference, per image.
         scale: factor of lambda from the noise level, see ``WeightSchedule``.
         every: penalise every k-th step.
         last_tenth_off: no penalty in the last tenth of the steps.
@@ -45,8 +46,10 @@ class EquiReg(Callback):
         if not hasattr(pl_module, "attach"):
             raise ValueError(f"EquiReg regularises samplers; {type(pl_module).__name__} is none")
         pl_module.attach(self.regularizer)
-        if self.regularizer.function.space == "pixel":
-            self.regularizer.check_shape(trainer.datamodule.image_shape)
+        self.regularizer.autocast_dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else None
+        shape = trainer.datamodule.image_shape
+        latent = self.regularizer.function.space == "latent"
+        self.regularizer.check_shape(pl_module.prior.latent_shape(shape) if latent else shape)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.regularizer.to(pl_module.device)  # a callback's modules are moved by nobody else

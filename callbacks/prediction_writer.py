@@ -7,25 +7,28 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from equireg.metrics import psnr, ssim
+from equireg.metrics import psnr, relative_l2, ssim
 from equireg.operators import Operator
 from equireg.perceptual import LPIPS, DistributionDistance, LPIPSNet, check_backbone, check_installed
-from equireg.pictures import encode_png, to_uint8
+from equireg.pictures import encode_png, field_pictures, to_uint8
 from equireg.runs import atomic_write
 from equireg.summary import provenance, summarize
 
-Metric = Literal["psnr", "ssim", "lpips", "fid", "kid"]
+Metric = Literal["psnr", "ssim", "lpips", "fid", "kid", "relative_l2"]
 
+IMAGE_METRICS = ("psnr", "ssim")
+FIELD_METRICS = ("relative_l2",)
 DISTRIBUTION_METRICS = ("fid", "kid")
 COLUMNS = (
     "seconds",
@@ -44,14 +47,16 @@ HINT = "what is finished stays there, and the same command goes on from it"
 class PredictionWriter(Callback):
     """Writes restorations, measurements and metrics into the run's folder; the same command again does what is missing.
 
-    ``predictions/<index>_<name>.png`` and ``.npy`` (float32, (C, H, W), [-1, 1]), ``measurements/<...>.npz`` (y and the
-    operator's parameters of this image) and ``rows/<...>.json`` appear sample by sample, each completely or not at all.
+    ``predictions/<index>_<name>.png`` and ``.npy`` (float32, (C, H, W), [-1, 1]; fields in physical units, pictured in
+    colours up to three standard deviations), ``measurements/<...>.npz`` (y and the operator's parameters of this image)
+    and ``rows/<...>.json`` appear sample by sample, each completely or not at all.
     A sample is finished when its row, which is written last, and its predictions are there. At the end rank zero makes
     ``metrics.csv`` and ``summary.json`` of all rows. With several posterior draws file names end in ``_draw<k>``.
 
     Args:
-        metrics: what to measure against the truth; fid and kid take the first draw of every measurement. Where there is
-            no truth (given measurements) there are none.
+        metrics: what to measure against the truth; psnr and ssim for images and relative_l2 for fields when left out.
+            fid and kid take the first draw of every measurement; the relative_l2 of fields is that of the channel that
+            the task asks for. Where there is no truth (given measurements) there are none.
         save_png: 8-bit pictures of the restorations.
         save_npy: the restorations themselves; fid and kid are computed from them.
         save_measurements: what was measured.
@@ -67,7 +72,7 @@ class PredictionWriter(Callback):
 
     def __init__(
         self,
-        metrics: Sequence[Metric] = ("psnr", "ssim"),
+        metrics: Sequence[Metric] | None = None,
         save_png: bool = True,
         save_npy: bool = True,
         save_measurements: bool = True,
@@ -75,10 +80,11 @@ class PredictionWriter(Callback):
         allow_download: bool = False,
     ) -> None:
         known = get_args(Metric)
-        for metric in metrics:
+        for metric in metrics or ():
             if metric not in known:
                 raise ValueError(f"metrics: {metric!r} is unknown; available: {', '.join(known)}")
-        self.metrics = tuple(dict.fromkeys(metrics))
+        self.asked = metrics
+        self.metrics = tuple(dict.fromkeys(metrics or ()))
         if not save_npy and set(self.metrics) & set(DISTRIBUTION_METRICS):
             raise ValueError("fid and kid are computed from the saved restorations: they need save_npy=true")
         if not (save_png or save_npy):
@@ -102,7 +108,10 @@ class PredictionWriter(Callback):
         self.written = 0
         self.found: set[tuple[int, int]] = set()
         self.diverged: list[tuple[int, int, str]] = []
-        self._prepare_metrics(trainer)
+        self.field_range = field_range(trainer.datamodule)
+        if self.asked is None:
+            self.metrics = IMAGE_METRICS if self.field_range is None else FIELD_METRICS
+        self._prepare_metrics(trainer, pl_module)
         finished = self._prepare_folder() if trainer.is_global_zero else None
         self.found = set(trainer.strategy.broadcast(finished)).intersection(self.keys)  # one list for all ranks
         trainer.datamodule.exclude(self.found)
@@ -193,10 +202,14 @@ class PredictionWriter(Callback):
         write_into(self.folder, "summary.json", json.dumps(self.summary, indent=2) + "\n")
         return self.summary
 
-    def _prepare_metrics(self, trainer: Trainer) -> None:
+    def _prepare_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Builds what measures, and tries it on images of this shape, before anything is restored."""
         shape = trainer.datamodule.image_shape
-        if self.save_png and shape[0] not in (1, 3):
+        are_fields = self.field_range is not None
+        for metric in self.metrics:
+            if are_fields and metric not in FIELD_METRICS:
+                raise ValueError(f"metrics: {metric!r} is for images; for fields there is {', '.join(FIELD_METRICS)}")
+        if self.save_png and shape[0] not in (1, 3) and not are_fields:
             raise ValueError(f"save_png=true: images of {shape[0]} channels are no pictures; set save_png=false")
         self.per_image: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
         self.distribution: DistributionDistance | None = None
@@ -213,7 +226,12 @@ class PredictionWriter(Callback):
                     check_backbone(metric, self.lpips_net if metric == "lpips" else "inception")
         if trainer.local_rank != 0:  # one process per machine downloads, the others find the files
             trainer.strategy.barrier("metrics")
-        makers = {"psnr": lambda: psnr, "ssim": lambda: ssim, "lpips": lambda: LPIPS(self.lpips_net)}
+        makers = {
+            "psnr": lambda: psnr,
+            "ssim": lambda: ssim,
+            "lpips": lambda: LPIPS(self.lpips_net),
+            "relative_l2": lambda: partial(relative_l2_of, pl_module.operator.recovered) if are_fields else relative_l2,
+        }
         self.per_image = {metric: makers[metric]() for metric in self.metrics if metric in makers}
         if distribution and trainer.is_global_zero:
             self.distribution = DistributionDistance(distribution)
@@ -253,7 +271,8 @@ class PredictionWriter(Callback):
 
     def _write_sample(self, stem: str, x0: Tensor, measurement: dict[str, np.ndarray], row: dict[str, Any]) -> None:
         if self.save_png:
-            write_into(self.folder, f"predictions/{stem}.png", encode_png(to_uint8(x0)))
+            picture = x0 if self.field_range is None else field_pictures(x0[None], self.field_range)[0]
+            write_into(self.folder, f"predictions/{stem}.png", encode_png(to_uint8(picture)))
         if self.save_npy:
             buffer = io.BytesIO()
             np.save(buffer, x0.cpu().numpy())
@@ -326,6 +345,17 @@ class PredictionWriter(Callback):
         lines += [f"  left out: {name} ({reason})" for name, reason in counts["unreadable"].items()]
         root = trainer.logger.save_dir if isinstance(trainer.logger, TensorBoardLogger) else self.folder
         return "\n".join([*lines, f"tensorboard --logdir {shlex.quote(str(root))}"])
+
+
+def field_range(datamodule: LightningDataModule) -> Tensor | None:
+    """Three standard deviations of the channels of fields (2, 1, 1), in physical units; None for images."""
+    normalizer = getattr(datamodule, "normalizer", None)
+    return None if normalizer is None else 3 * normalizer.std
+
+
+def relative_l2_of(channel: int, x_hat: Tensor, x: Tensor) -> Tensor:
+    """``relative_l2`` of one channel."""
+    return relative_l2(x_hat[:, channel], x[:, channel])
 
 
 def write_into(folder: Path, path: str, content: bytes | str) -> None:

@@ -15,9 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from callbacks.prediction_writer import PredictionWriter, sample_stem, write_into
+from callbacks.prediction_writer import PredictionWriter, field_range, sample_stem, write_into
 from equireg.metrics import data_misfit
-from equireg.pictures import encode_png, from_uint8, picture_grid, to_uint8
+from equireg.pictures import encode_png, field_pictures, from_uint8, picture_grid, to_uint8
 from equireg.priors import Step
 
 SNAPSHOTS = 8
@@ -80,6 +80,7 @@ class TensorBoardInspector(Callback):
         if stage != "predict" or trainer.fast_dev_run or not hasattr(pl_module, "listeners"):
             return
         self.run = Path(trainer.log_dir)  # a collective: every rank has to ask
+        self.field_range = field_range(trainer.datamodule)
         keys = trainer.datamodule.samples().keys()
         self.keys = [key for key in keys if key[1] == 0][: self.num_images]
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -137,16 +138,20 @@ class TensorBoardInspector(Callback):
         record, self.trajectory = self.trajectory, None
         if record is None:
             return
-        y = as_images(outputs["y"], tuple(outputs["x0"].shape[1:]))
+        if self.field_range is None:
+            y = as_images(outputs["y"], tuple(outputs["x0"].shape[1:]))
+        else:
+            y = outputs["operator"].adjoint(outputs["y"])  # the values at their sensors
         columns = dict(zip(COLUMNS, (batch.get("x"), y, outputs["x0"]), strict=True))
         for i, row in enumerate(record.rows):
             key = batch["index"][row].item(), batch["draw"][row].item()
             stem = sample_stem(*key, batch["name"][row], trainer.datamodule.draws)
-            arrays = {name: to_picture(images[row]).numpy() for name, images in columns.items() if images is not None}
+            shown = {name: images[row] for name, images in columns.items() if images is not None}
+            arrays = {name: self._picture(image).numpy() for name, image in shown.items()}
             arrays |= {name: torch.stack(values)[:, i].float().cpu().numpy() for name, values in record.curves.items()}
             arrays |= {"key": np.array(key), "steps": np.array(record.steps, dtype=np.int64)}
             if record.snapshots:
-                snapshots = torch.stack([to_picture(images[i]) for images in record.snapshots])
+                snapshots = torch.stack([self._picture(images[i]) for images in record.snapshots])
                 arrays["snapshots"] = snapshots.numpy()
                 self._write(f"{stem}.png", encode_png(side_by_side(snapshots, len(snapshots))))
             buffer = io.BytesIO()
@@ -178,6 +183,12 @@ class TensorBoardInspector(Callback):
     def _is_recorded(self, step: Step) -> bool:
         every = self.every_steps or -(-step.num_steps // SNAPSHOTS)
         return step.k % every == 0 or step.k == step.num_steps - 1
+
+    def _picture(self, image: Tensor) -> Tensor:
+        """8-bit values of an image, or of a field in colours."""
+        if self.field_range is None:
+            return to_picture(image)
+        return to_uint8(field_pictures(image[None], self.field_range)[0]).cpu()
 
     def _detach(self, pl_module: LightningModule) -> None:
         self.trajectory = None
@@ -224,7 +235,7 @@ def as_images(y: Tensor, shape: tuple[int, int, int]) -> Tensor | None:
 
 
 def to_picture(image: Tensor) -> Tensor:
-    """8-bit values of an image (C, H, W) in [-1, 1], black where it is NaN; fields show channel below channel."""
+    """8-bit values of an image (C, H, W) in [-1, 1], black where it is NaN; other channels one below the other."""
     if len(image) not in (1, 3):
         image = image.flatten(0, 1)[None]
     return to_uint8(image.float().nan_to_num(nan=-1.0)).cpu()

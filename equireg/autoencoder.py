@@ -7,7 +7,8 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from equireg.priors.networks import fold, unfold
+from equireg.folding import fold, unfold
+from equireg.noise import Noise
 from equireg.weights import RANDOM, load_state, load_weights, read_diffusers_config, save_weights, settle
 
 CLASSES = {"kl": AutoencoderKL, "vq": VQModel}
@@ -64,6 +65,17 @@ class Autoencoder(nn.Module):
         """Side of the image pixels behind one latent pixel."""
         return self.space_to_depth * 2 ** (len(self.net.config.block_out_channels) - 1)
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        config = self.net.config
+        return (config.get("vq_embed_dim") if self.family == "vq" else None) or config.latent_channels
+
+    @property
+    def scale_factor(self) -> float:
+        """What latent diffusion multiplies these latents by: 1 for VQ, whatever diffusers' VQModel has as default."""
+        return self.net.config.scaling_factor if self.family == "kl" else 1.0
+
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         """Raises ValueError when the autoencoder cannot take images of this (C, H, W)."""
         channels, height, width = shape
@@ -85,9 +97,21 @@ class Autoencoder(nn.Module):
         """The deterministic latent in the encoder's output."""
         return moments.chunk(2, dim=1)[0] if self.family == "kl" else moments
 
-    def decode(self, z: Tensor) -> Tensor:
-        """The image (B, C, H, W) of a latent; a VQ latent is quantised first, with straight-through gradients."""
-        return unfold(self.net.decode(z).sample, self.space_to_depth)
+    def sample(self, x: Tensor, noise: Noise) -> Tensor:
+        """A latent drawn from the Gaussian of a KL encoder."""
+        moments = self.moments(x)
+        mean = self.latent(moments)
+        return sample_latent(moments, noise.randn(tuple(mean.shape[1:]), like=mean))
+
+    def decode(self, z: Tensor, quantize: bool = True) -> Tensor:
+        """The image (B, C, H, W) of a latent; a VQ latent is quantised first, with straight-through gradients.
+
+        Args:
+            z: latents (B, c, h, w).
+            quantize: snap VQ latents to the codes; without meaning for KL.
+        """
+        options = {"force_not_quantize": not quantize} if self.family == "vq" else {}
+        return unfold(self.net.decode(z, **options).sample, self.space_to_depth)
 
     def decode_training(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The image of a latent and the codebook's commitment loss (VQ family), for training."""
@@ -131,7 +155,8 @@ def kl_divergence(moments: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
 
-def sample_latent(moments: Tensor) -> Tensor:
-    """z ~ q(z|x) from mean and log-variance, for training (global generator)."""
+def sample_latent(moments: Tensor, eps: Tensor | None = None) -> Tensor:
+    """z ~ q(z|x) from mean and log-variance, with the given standard normals or those of the global generator."""
     mean, log_variance = moments.chunk(2, dim=1)
-    return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * torch.randn_like(mean)
+    eps = torch.randn_like(mean) if eps is None else eps
+    return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps

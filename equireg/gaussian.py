@@ -1,5 +1,6 @@
 """The Gaussian model of images: mean and covariance of a training set, and the best linear denoiser under it."""
 
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -27,7 +28,29 @@ class ImageStatistics:
 
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         """Linear minimum mean square error estimate of x_0 from x = x_0 + sigma n; x is (B, C, H, W)."""
-        noisy = self.covariance.clone()
-        noisy.diagonal().add_(sigma**2)
-        weights = torch.linalg.solve(noisy, (x.flatten(1) - self.mean).T)
-        return (self.mean + (self.covariance @ weights).T).view_as(x)
+        variances, directions = self._principal
+        with torch.autocast(x.device.type, enabled=False):  # products in half precision would lose the fine structure
+            coefficients = (x.flatten(1) - self.mean) @ directions * (variances / (variances + sigma**2))
+            return (self.mean + coefficients @ directions.T).view_as(x)
+
+    @cached_property
+    def _principal(self) -> tuple[Tensor, Tensor]:
+        """Variances and directions (in columns) of the principal components."""
+        variances, directions = torch.linalg.eigh(self.covariance)
+        return variances.clamp_min(0), directions
+
+
+def posterior(mean: Tensor, covariance: Tensor, matrix: Tensor, y: Tensor, sigma_y: float) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and covariance (n, n) of x ~ N(mean, covariance) given y = matrix x + sigma_y n.
+
+    Args:
+        mean: (n,).
+        covariance: (n, n).
+        matrix: (m, n).
+        y: (m,).
+        sigma_y: standard deviation of the noise; positive unless matrix covariance matrix^T is invertible.
+    """
+    innovation = matrix @ covariance @ matrix.T
+    innovation.diagonal().add_(sigma_y**2)
+    gain = torch.linalg.solve(innovation, matrix @ covariance).T
+    return mean + gain @ (y - matrix @ mean), covariance - gain @ matrix @ covariance

@@ -1,18 +1,22 @@
 """Manifold-preferential equivariant (MPE) functions: equivariant on the data, less so off it."""
 
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from equireg.autoencoder import Autoencoder
+from equireg.fno import FNO
+from equireg.pde.equations import PDE, SOLUTION, Normalizer
 
 
 class MPE(nn.Module, ABC):
     """A frozen function f from images (or latents) to feature maps (B, c, h, w).
 
     Attributes:
-        space: "pixel" when f takes images, "latent" when it takes a latent prior's latents.
+        space: "pixel" when f takes images, "latent" when it takes a latent prior's latents, "field" when it takes
+            normalised fields of an equation.
         maps_to_itself: whether f(x) lives in x's own space, which EquiCon needs.
     """
 
@@ -28,6 +32,10 @@ class MPE(nn.Module, ABC):
 
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         """Raises ValueError when f cannot take inputs of this (C, H, W)."""
+
+    def known(self, decoded: Tensor) -> Tensor | None:
+        """f(z) where it follows from the image that z decodes to; None where it has to be computed."""
+        return None
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -104,6 +112,57 @@ class Features(MPE):
         return features
 
 
+class NeuralOperator(MPE):
+    """An FNO from the solution u of an equation to its input a: f(x) is the normalised a of a field's channel u.
+
+    Trained on true pairs alone, it has learned the symmetries of the equation where there is data, and nowhere else.
+    It takes normalised fields x = (a, u) (B, 2, N, N) and returns (B, 1, N, N); a field of u alone is taken as well.
+    When the sampler's prior normalises by other statistics than the FNO, fields are converted.
+
+    Args:
+        weights: a file of ``FNOModule``.
+        pde: the equation that it must have been trained on; any when left out, the prior's is checked in any case.
+
+    Raises:
+        FileNotFoundError: if the weights are not there.
+        ValueError: if they are damaged or of another equation, or map a to u.
+    """
+
+    space = "field"
+
+    def __init__(self, weights: str, pde: PDE | None = None) -> None:
+        super().__init__()
+        self.fno = FNO(weights, pde).eval().requires_grad_(False)
+        if self.fno.direction != "inverse":
+            raise ValueError(f"weights={weights!r} map a to u; the regulariser needs an FNO from u to a")
+        self._units: list[Normalizer] = []  # a list: it stays the prior's submodule, not this one's
+
+    @classmethod
+    def of(cls, fno: FNO) -> Self:
+        """Around an FNO that is there."""
+        function = cls.__new__(cls)
+        MPE.__init__(function)
+        function.fno, function._units = fno, []
+        return function
+
+    def bind(self, prior: nn.Module) -> None:
+        pde = getattr(prior, "pde", None)
+        if pde is not None:  # priors around somebody's own network need not tell
+            self.fno.check_equation(pde)
+        units = getattr(prior, "normalizer", self.fno.normalizer)
+        same = all(torch.allclose(getattr(units, n), getattr(self.fno.normalizer, n)) for n in ("mean", "std"))
+        self._units = [] if same else [units]
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        self.fno.check_shape(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = x[:, -1:]
+        for units in self._units:
+            u = self.fno.normalizer.normalize(units.denormalize(u, SOLUTION), SOLUTION)
+        return self.fno(u)
+
+
 class _PriorFunction(MPE):
     """A function that is the sampler's own network, bound when it is attached and never loaded twice."""
 
@@ -132,6 +191,9 @@ class PriorDecoder(_PriorFunction):
     """The decoder of the sampler's latent prior, on latents (Equi-PSLD)."""
 
     space = "latent"
+
+    def known(self, decoded: Tensor) -> Tensor:
+        return decoded
 
     def forward(self, z: Tensor) -> Tensor:
         return self.prior.decode(z)

@@ -16,6 +16,7 @@ class Stream(IntEnum):
     GROUP = 2
     OPERATOR = 3
     MCMC = 4
+    DATA = 5
 
 
 class Noise(Protocol):

@@ -1,6 +1,7 @@
 """The equivariance penalty: losses Equi and EquiCon, reductions, weight schedules."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from equireg.noise import Noise
 from equireg.priors.schedule import Step
 
 Loss = Literal["equi", "equicon"]
-Reduction = Literal["norm", "sqnorm", "mse"]
+Reduction = Literal["norm", "sqnorm", "mse", "rms"]
 NoiseScale = Literal["sigma", "one_minus_alphabar", "sigma_over_alpha", "beta", "sqrt_alphabar", "none"]
 Attachment = Literal["in_norm", "separate_step"]
 
@@ -90,7 +91,7 @@ class Regularizer(nn.Module):
         group: name of the group.
         schedule: lambda per step.
         loss: "equi" or "equicon".
-        reduction: ``norm`` ||d||, ``sqnorm`` ||d||^2 or ``mse`` mean of d^2, over one image.
+        reduction: ``norm`` ||d||, ``sqnorm`` ||d||^2, ``mse`` mean of d^2 or ``rms`` its root, over one image.
         attachment: ``in_norm``: the penalty joins the data misfit under the sampler's step size; ``separate_step``:
             lambda is itself the size of the penalty's gradient step.
 
@@ -120,24 +121,26 @@ class Regularizer(nn.Module):
                 f"{type(function).__name__} does not"
             )
         self.noise: Noise | None = None
+        self.autocast_dtype: torch.dtype | None = None  # set to bfloat16 by EquiReg under bf16-mixed
 
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         """Raises ValueError when inputs of this (C, H, W) cannot be penalised."""
-        if self.group.swaps_axes and shape[1] != shape[2]:
-            raise ValueError(f"group={self.group.name!r} turns images, which must be square, not {shape[1]}x{shape[2]}")
+        self.group.check_shape(shape)
         self.function.check_shape(shape)
 
     def start(self, noise: Noise) -> None:
         """Begins a batch: group elements are drawn from ``noise`` from here on."""
         self.noise = noise
 
-    def forward(self, x0_hat: Tensor, step: Step, step_size: float = 1.0) -> Tensor:
+    def forward(self, x0_hat: Tensor, step: Step, step_size: float = 1.0, decoded: Tensor | None = None) -> Tensor:
         """lambda_t R(x0_hat) per image (B,).
 
         Args:
             x0_hat: what the paper penalises at this sampler, (B, C, H, W).
             step: where the sampler is.
             step_size: what the sampler multiplies the gradient by; ``separate_step`` divides it out.
+            decoded: the image of the latent x0_hat, where the sampler has it: an f that decodes is then evaluated
+                once less, with the same result.
         """
         weight = self.schedule(step)
         if weight == 0:
@@ -145,13 +148,21 @@ class Regularizer(nn.Module):
         if self.attachment == "separate_step":
             weight /= step_size
         g = self.group.draw(self.noise, len(x0_hat), x0_hat.device)
-        return weight * reduce(self.defect(x0_hat, g), self.reduction)
+        known = None if decoded is None else self.function.known(decoded)
+        return weight * reduce(self.defect(x0_hat, g, known), self.reduction)
 
-    def defect(self, x: Tensor, g: Tensor) -> Tensor:
-        """d of the chosen loss for group elements g (B,)."""
+    def defect(self, x: Tensor, g: Tensor, f_x: Tensor | None = None) -> Tensor:
+        """d of the chosen loss for group elements g (B,); ``f_x`` is f(x) where it is known."""
         if self.loss == "equi":
-            return equi(self.function, self.group, x, g)
-        return equicon(self.function, self.group, x, g)
+            return equi(self._evaluate, self.group, x, g, f_x)
+        return equicon(self._evaluate, self.group, x, g)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """f(x); like the prior, f alone runs in half precision under bf16-mixed."""
+        if self.autocast_dtype is None:
+            return self.function(x)
+        with torch.autocast(x.device.type, self.autocast_dtype):
+            return self.function(x).to(x.dtype)
 
     @torch.no_grad()
     def error(self, x: Tensor) -> Tensor:
@@ -163,13 +174,16 @@ class Regularizer(nn.Module):
         return torch.stack(errors).mean(0)
 
 
-def equi(f: nn.Module, group: Group, x: Tensor, g: Tensor) -> Tensor:
-    """S_g f(x) - f(T_g x), f evaluated once on both."""
-    f_x, f_gx = f(torch.cat([x, group.transform(x, g)])).chunk(2)
+def equi(f: Callable[[Tensor], Tensor], group: Group, x: Tensor, g: Tensor, f_x: Tensor | None = None) -> Tensor:
+    """S_g f(x) - f(T_g x), f evaluated once on both, or on T_g x alone where f(x) is given."""
+    if f_x is None:
+        f_x, f_gx = f(torch.cat([x, group.transform(x, g)])).chunk(2)
+    else:
+        f_gx = f(group.transform(x, g))
     return group.transform_features(f_x, g) - f_gx
 
 
-def equicon(f: nn.Module, group: Group, x: Tensor, g: Tensor) -> Tensor:
+def equicon(f: Callable[[Tensor], Tensor], group: Group, x: Tensor, g: Tensor) -> Tensor:
     """x - T_g^-1 f(T_g x): equivariance and consistency of a round trip in one."""
     return x - group.transform(f(group.transform(x, g)), group.inverse(g))
 
@@ -179,13 +193,15 @@ def reduce(d: Tensor, reduction: Reduction) -> Tensor:
     flat = d.flatten(1)
     if reduction == "norm":
         return flat.norm(dim=1)
+    if reduction == "rms":
+        return flat.norm(dim=1) / math.sqrt(flat.shape[1])
     if reduction == "sqnorm":
         return flat.square().sum(1)
     return flat.square().mean(1)
 
 
 @torch.no_grad()
-def equivariance_error(f: nn.Module, group: Group, x: Tensor, g: Tensor) -> Tensor:
+def equivariance_error(f: Callable[[Tensor], Tensor], group: Group, x: Tensor, g: Tensor) -> Tensor:
     """||S_g f(x) - f(T_g x)|| / ||f(x)|| per image (B,): comparable between images, functions and noise levels."""
     f_x, f_gx = f(torch.cat([x, group.transform(x, g)])).chunk(2)
     defect = group.transform_features(f_x, g) - f_gx

@@ -21,16 +21,22 @@ def save_weights(path: str | Path, state: dict[str, Tensor], description: dict[s
         path: the file, ending in .safetensors.
         state: tensors by name.
         description: what ``load_weights`` returns beside them; JSON values, with a ``kind``.
-        half: store floating point tensors as float16 (relative error 1e-3 of a network's output, half the size).
+        half: store floating point tensors as float16 (relative error 1e-3 of a network's output, half the size);
+            complex ones by their real and imaginary parts.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    complex_names = sorted(name for name, value in state.items() if value.is_complex())
+    real = {name: torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for name, v in state.items()}
     tensors = {
         name: (value.half() if half and value.is_floating_point() else value).detach().cpu().contiguous()
-        for name, value in state.items()
+        for name, value in real.items()
     }
     partial = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, partial, metadata={"equireg": json.dumps(description, sort_keys=True)})
+    metadata = {"equireg": json.dumps(description, sort_keys=True)}
+    if complex_names:
+        metadata["complex"] = json.dumps(complex_names)
+    save_file(tensors, partial, metadata=metadata)
     partial.chmod(0o644)  # safetensors makes files that others cannot read
     os.replace(partial, path)
 
@@ -64,7 +70,9 @@ def load_weights(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
     description = json.loads(metadata["equireg"])
     if description.get("kind") != kind:
         raise ValueError(f"weights={str(path)!r} holds a {description.get('kind')}, not a {kind}")
-    return description, {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
+    state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
+    state |= {name: torch.view_as_complex(state[name]) for name in json.loads(metadata.get("complex", "[]"))}
+    return description, state
 
 
 def settle(asked: dict[str, Any], described: dict[str, Any], weights: str) -> dict[str, Any]:

@@ -28,6 +28,12 @@ class MeasurementBaseline(PosteriorSampler):
     def __init__(self, operator: Operator, seed: int = 0) -> None:
         super().__init__(NoPrior(), operator, seed)
 
+    @classmethod
+    def supports(cls, operator: Operator) -> str | None:
+        if not operator.has_baseline:
+            return f"{cls.__name__} needs a plain picture of the measurement, {type(operator).__name__} has none"
+        return super().supports(operator)
+
     def sample(self, y: Tensor, operator: Operator, noise: Noise) -> Tensor:
         return operator.baseline(y, operator.image_shape)
 
@@ -47,6 +53,7 @@ class LinearMMSE(PosteriorSampler):
     """
 
     linear_only = True
+    uses_sigma_y = True
 
     def __init__(
         self, operator: LinearOperator, iterations: int = 2000, tolerance: float = 1e-4, seed: int = 0

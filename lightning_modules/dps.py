@@ -28,6 +28,8 @@ class DPS(PosteriorSampler):
         ValueError: if ``zeta`` is not positive.
     """
 
+    takes_state_grad = True
+
     def __init__(
         self, prior: VPPrior, operator: Operator, num_steps: int | str = 1000, zeta: float = 0.3, seed: int = 0
     ) -> None:
@@ -44,7 +46,7 @@ class DPS(PosteriorSampler):
             denoised = self.prior(x_t, step)
             x0_hat = denoised.x0_hat  # Alg. 1, line 4
             loss = norm(y - operator(x0_hat)) + self.penalty_at(x0_hat, step, self.zeta)
-            gradient = self.guidance(loss, x_t)
+            gradient = self.guidance(loss, x_t, step.k)
             x_t = self.prior.ancestral_step(x_t, denoised, step, noise)  # line 6
             x_t = (x_t - self.zeta * gradient).detach()  # line 7
             self.emit(step, x0_hat)

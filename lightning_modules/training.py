@@ -1,5 +1,6 @@
 """What the modules that train something share."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,28 @@ def scheduled(optimizer: torch.optim.Optimizer, warmup: int, decay: int = 0, max
         rise = (step + 1) / max(warmup, 1)
         fall = (max_steps - step) / decay if decay else 1.0
         return max(0.0, min(1.0, rise, fall))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def cosine(optimizer: torch.optim.Optimizer, warmup: int, max_steps: int | float) -> dict[str, Any]:
+    """The optimizer with a learning rate that rises linearly and falls to 0 like half a cosine.
+
+    Args:
+        optimizer: holds the highest learning rate.
+        warmup: steps of the rise.
+        max_steps: the last step of the training, where the fall ends.
+
+    Raises:
+        ValueError: if the training has no last step.
+    """
+    if not 1 <= max_steps < math.inf:
+        raise ValueError("the learning rate falls towards the last step: trainer.max_steps or max_epochs is missing")
+
+    def factor(step: int) -> float:
+        fall = (1 + math.cos(math.pi * min(1.0, step / max_steps))) / 2
+        return min((step + 1) / max(warmup, 1), 1.0) * fall
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

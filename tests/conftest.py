@@ -7,7 +7,7 @@ import torch
 
 from equireg.autoencoder import Autoencoder
 from equireg.mpe import Encoder
-from equireg.priors import VPPrior
+from equireg.priors import LatentPrior, VPPrior
 
 torch.set_num_threads(1)
 
@@ -33,6 +33,17 @@ TINY_AUTOENCODER = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
+
+TINY_LATENT_UNET = TINY_UNET | {"in_channels": 2, "out_channels": 2}
+
+
+def make_latent_prior(family: str = "kl", dtype: torch.dtype = torch.float32) -> LatentPrior:
+    """A prior on the 2x8x8 latents of 1x16x16 images with random weights, the same at every call."""
+    codes = {"num_vq_embeddings": 16} if family == "vq" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prior = VPPrior("random", network=TINY_LATENT_UNET, beta_schedule="scaled_linear")
+        return LatentPrior(prior, Autoencoder("random", family, TINY_AUTOENCODER | codes), scale_factor=1.0).to(dtype)
 
 
 @pytest.fixture(scope="session")

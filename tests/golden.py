@@ -4,13 +4,17 @@ They lie in the directory named by the environment variable EQUIREG_GOLDEN, by d
 repository's root. Where the directory is missing the tests that need it are skipped.
 """
 
+import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from equireg.priors import Step
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(os.environ.get("EQUIREG_GOLDEN") or ROOT.parent / "shared" / "golden")
@@ -58,3 +62,20 @@ class GoldenArrays:
         torch.testing.assert_close(
             actual.double(), expected, rtol=0, atol=tolerance, msg=lambda text: f"array '{name}': {text}"
         )
+
+
+class ReplayedDraws:
+    """Noise that was recorded, handed out in the order of the draws."""
+
+    def __init__(self, draws: Iterable[Tensor | np.ndarray]) -> None:
+        self.draws = [torch.as_tensor(draw) for draw in draws]
+
+    def randn(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        draw = self.draws.pop(0)
+        assert draw.numel() == like.shape[0] * np.prod(shape)
+        return draw.reshape(-1, *shape)
+
+
+def share(x0_hats: Sequence[Tensor] | np.ndarray, steps: Sequence[Step]) -> np.ndarray:
+    """sqrt(alpha_bar_t) x0_hat of every step: at high noise the last bits of x_t are 1e-5 of x0_hat itself."""
+    return np.stack([math.sqrt(step.alpha_bar) * np.asarray(x0) for step, x0 in zip(steps, x0_hats, strict=True)])

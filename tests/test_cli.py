@@ -1,5 +1,6 @@
 """The command line: configurations compose, runs leave what they promise, mistakes are one sentence."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from PIL import Image
 
 import cli
+import lightning_modules
 from equireg.autoencoder import Autoencoder
 from equireg.priors import VPPrior
 from equireg.runs import read_run
@@ -68,13 +70,18 @@ def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
     return captured.err
 
 
+def sampler_of(path: Path) -> type[lightning_modules.PosteriorSampler]:
+    """The class that a sampler's configuration names."""
+    return getattr(lightning_modules, yaml.safe_load(path.read_text())["model"]["class_path"].split(".")[-1])
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_configuration_file_is_parsed(path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Each file in its place in a composition that is complete without it; nothing is built."""
     monkeypatch.chdir(ROOT)
     kind = path.relative_to(ROOT / "configs").parts[0]
-    if kind == "train":
-        composed, command = [path], "fit"
+    if kind in ("train", "analysis"):
+        composed, command = [path], {"train": "fit", "analysis": "test"}[kind]
     else:
         defaults = {
             "data": "data/faces64.yaml",
@@ -84,8 +91,19 @@ def test_every_configuration_file_is_parsed(path: Path, monkeypatch: pytest.Monk
             "equireg": "equireg/faces64/measure.yaml",
         }
         chosen = {name: path if name == kind else ROOT / "configs" / file for name, file in defaults.items()}
-        if "zeta" not in chosen["sampler"].read_text():
+        if kind == "prior" and "LatentPrior" in path.read_text():
+            chosen["sampler"] = ROOT / "configs/sampler/faces64/psld_super_resolution.yaml"
+        if kind == "prior" and "EDMPrior" in path.read_text():
+            chosen["sampler"] = ROOT / "configs/sampler/helmholtz64/fundps_inverse.yaml"
+        sampler = sampler_of(chosen["sampler"])
+        if "prior" not in inspect.signature(sampler).parameters:
             del chosen["prior"]  # the baselines take none
+        elif sampler.space == "latent" and kind != "prior":
+            chosen["prior"] = ROOT / "configs/prior/faces64_latent.yaml"
+        elif sampler.space == "field" and kind != "prior":
+            chosen["prior"] = ROOT / "configs/prior/helmholtz64.yaml"
+        if sampler.space == "field" and kind != "task":
+            chosen["task"] = ROOT / "configs/task/fields64/inverse.yaml"
         composed, command = list(chosen.values()), "predict"
     with pytest.raises(SystemExit) as stop:
         cli.main([command, *(part for file in composed for part in ("-c", str(file))), "--print_config"])

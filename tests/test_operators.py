@@ -14,6 +14,7 @@ from torch import Tensor
 from equireg.noise import SampleNoise, Stream
 from equireg.operators import (
     BoxInpainting,
+    CircularBlur,
     GaussianDeblur,
     LinearOperator,
     MotionDeblur,
@@ -30,11 +31,12 @@ OPERATORS = {
     "gaussian": GaussianDeblur(kernel_size=9, sigma_kernel=0.8),
     "wide_gaussian": GaussianDeblur(kernel_size=9, sigma_kernel=3.0),
     "motion": MotionDeblur(kernel_size=13, intensity=0.6),
+    "circular": CircularBlur(kernel_size=7, sigma_kernel=1.2),
     "sr4": SuperResolution(factor=4),
     "sr3": SuperResolution(factor=3),
 }
-WITH_SVD = [name for name in OPERATORS if name != "motion"]
-DRAWN = [name for name, operator in OPERATORS.items() if operator.parameter_names]
+WITH_SVD = [name for name in OPERATORS if name not in ("motion", "circular")]
+DRAWN = [name for name, operator in OPERATORS.items() if operator.parameter_names and name != "circular"]
 SHAPES = [(3, 16, 16), (1, 18, 23), (2, 24, 17)]
 SEEDS = [5, 6, 7]
 

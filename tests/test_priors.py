@@ -209,3 +209,13 @@ def test_vq_autoencoders_encode_before_quantising_and_decode_after() -> None:
     image, commitment = autoencoder.decode_training(z)
     assert image.shape == x.shape
     assert commitment > 0
+
+
+def test_image_by_image_a_prior_answers_with_the_same_bits_in_every_batch(tmp_path: Path, tiny_prior: VPPrior) -> None:
+    tiny_prior.save(tmp_path / "prior.safetensors")
+    prior = VPPrior(str(tmp_path / "prior.safetensors"), image_by_image=True)
+    step = list(prior.schedule(10))[4]
+    x_t = SampleNoise(range(5), 0, Stream.SAMPLER).randn((1, 16, 16), like=torch.zeros(1))
+    together = prior(x_t, step).eps
+    alone = torch.cat([prior(x, step).eps for x in x_t.split(1)])
+    assert torch.equal(together, alone)

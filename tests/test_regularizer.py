@@ -195,3 +195,20 @@ def test_functions_of_a_latent_prior_use_its_own_networks() -> None:
         function.bind(prior)
         torch.testing.assert_close(function(argument), expected)
         assert not list(function.parameters())
+
+
+def test_in_mixed_precision_the_function_alone_runs_in_half_precision(images: Tensor, steps: list) -> None:
+    class Watched(Conv):
+        def forward(self, x: Tensor) -> Tensor:
+            output = super().forward(x)
+            self.dtypes = (x.dtype, output.dtype)
+            return output
+
+    penalty = make(Watched(even=False))
+    exact = penalty(images, steps[0])
+    penalty.autocast_dtype = torch.bfloat16
+    rounded = penalty(images, steps[0])
+    assert penalty.function.dtypes == (torch.float32, torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0)  # a difference of values rounded to 8 bits
+    assert not torch.equal(rounded, exact)

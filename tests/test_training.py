@@ -13,9 +13,9 @@ from datamodules import Faces
 from equireg.autoencoder import Autoencoder
 from equireg.commands.export import export_command
 from equireg.gaussian import ImageStatistics
-from equireg.priors import VPPrior
-from lightning_modules import AutoencoderTraining, DiffusionPriorTraining
-from tests.conftest import TINY_AUTOENCODER, TINY_UNET
+from equireg.priors import LatentPrior, VPPrior
+from lightning_modules import AutoencoderTraining, DiffusionPriorTraining, LatentPriorTraining
+from tests.conftest import TINY_AUTOENCODER, TINY_UNET, make_latent_prior
 
 
 def make_trainer(folder: Path, **options: object) -> Trainer:
@@ -69,9 +69,39 @@ def test_the_exported_weights_are_the_averaged_ones_and_a_checkpoint_exports_the
     averaged, raw = checkpoint["state_dict"][name], checkpoint["current_model_state"][name]
     assert not torch.allclose(averaged, raw, atol=1e-4)
     assert export_command([str(tmp_path / "last.ckpt"), str(tmp_path / "export.safetensors")]) == 0
-    for file in ("end", "export"):
+    assert export_command([str(tmp_path / "last.ckpt"), str(tmp_path / "raw.safetensors"), "--raw"]) == 0
+    for file, expected in (("end", averaged), ("export", averaged), ("raw", raw)):
         loaded = VPPrior(str(tmp_path / f"{file}.safetensors")).network.unet.conv_in.weight
-        torch.testing.assert_close(loaded, averaged.half().float())
+        torch.testing.assert_close(loaded, expected.half().float())
+
+
+def test_a_latent_prior_is_trained_on_images_encoded_once(tmp_path: Path, faces_file: str) -> None:
+    prior = make_latent_prior()
+    encoded = []
+    prior.encoder.register_forward_hook(lambda encoder, inputs, z: encoded.append(len(z)))
+    path = tmp_path / "prior.safetensors"
+    module = LatentPriorTraining(prior, warmup_steps=2, num_samples=4, sample_steps=3, export=str(path))
+    make_trainer(tmp_path, limit_val_batches=0).fit(module, datamodule=Faces(faces_file, batch_size=8))
+    assert sum(encoded) == 2 * 24  # 24 images and their mirror images; six steps see 48
+    assert module.latents.std().item() == pytest.approx(1, rel=1e-5)
+    data = module.trainer.datamodule
+    x = torch.stack([data.dataset("train")[i]["x"] for i in (3, 5)])
+    torch.testing.assert_close(module.latents[1, [3, 5]], prior.encode(x.flip(-1)))
+    loaded = LatentPrior(VPPrior(str(path)), prior.autoencoder)
+    assert loaded.scale_factor == pytest.approx(prior.scale_factor)
+    assert not torch.allclose(loaded.network.unet.conv_in.weight, make_latent_prior().network.unet.conv_in.weight)
+    assert export_command([str(tmp_path / "last.ckpt"), str(tmp_path / "export.safetensors")]) == 0
+    assert VPPrior(str(tmp_path / "export.safetensors")).description == VPPrior(str(path)).description
+
+
+def test_a_latent_prior_is_validated_sampled_and_tested_in_its_latents(tmp_path: Path, faces_file: str) -> None:
+    module = LatentPriorTraining(make_latent_prior(), num_samples=4, sample_steps=3, test_sigmas=(1.0,))
+    make_trainer(tmp_path).fit(module, datamodule=Faces(faces_file, batch_size=8))
+    assert tags(tmp_path, "images") == ["samples"]
+    assert {"train/loss", "val/loss"} <= set(tags(tmp_path, "scalars"))
+    metrics = make_trainer(tmp_path).test(module, datamodule=Faces(faces_file, batch_size=3), verbose=False)[0]
+    assert metrics["test/ratio_sigma1"] > 0
+    assert module.statistics.mean.shape == (2 * 8 * 8,)
 
 
 def test_training_lowers_the_loss(tmp_path: Path, faces_file: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equireg.noise import SampleNoise
+from equireg.operators.conjugate_gradients import conjugate_gradients
 from equireg.operators.svd import OperatorSVD
 
 
@@ -30,6 +31,9 @@ class Operator(nn.Module, ABC):
 
     parameter_names: tuple[str, ...] = ()
     """Buffers that ``realize`` draws, each with the batch as first axis; ``mode: given`` reads them from files."""
+
+    has_baseline = True
+    """Whether a plain picture can be made of y, see ``baseline``."""
 
     def __init__(self, sigma_y: float = 0.05, poisson_rate: float | None = None) -> None:
         super().__init__()
@@ -88,7 +92,10 @@ class Operator(nn.Module, ABC):
 
     def measure(self, x: Tensor, noise: SampleNoise) -> Tensor:
         """y = A(x) + noise, never clipped when the noise is Gaussian."""
-        y = self(x)
+        return self.add_noise(self(x), noise)
+
+    def add_noise(self, y: Tensor, noise: SampleNoise) -> Tensor:
+        """The measurement y (B, ...) = A(x) with its noise."""
         if self.poisson_rate is not None:
             peak = 255 * self.poisson_rate
             return (2 * noise.poisson(peak * ((y + 1) / 2).clamp(0, 1)) / peak - 1).clamp(-1, 1)
@@ -134,10 +141,17 @@ class LinearOperator(Operator):
     def pinv(self, y: Tensor, ridge: float = 0.0) -> Tensor:
         """A^T (A A^T + ridge I)^-1 y: the Moore-Penrose inverse for ridge 0, its Tikhonov form otherwise.
 
+        Without a closed form: conjugate gradients up to a relative residual of 1e-5, for a positive ridge alone.
+
         Raises:
             ValueError: if the operator has no usable pseudo-inverse at this ridge.
         """
-        raise ValueError(f"{type(self).__name__} has no pseudo-inverse")
+        if not ridge > 0:
+            raise ValueError(f"ridge={ridge} must be positive: {type(self).__name__} is not invertible")
+        x, converged = conjugate_gradients(lambda x: self.adjoint(self(x)) + ridge * x, self.adjoint(y))
+        if not converged.all():
+            raise ValueError(f"conjugate gradients did not converge at ridge={ridge}; a larger ridge is needed")
+        return x
 
     def svd(self, shape: tuple[int, int, int], threshold: float = 0.0) -> OperatorSVD:
         """The singular value decomposition for images of ``shape`` (C, H, W).

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg.operators.base import LinearOperator
-from equireg.operators.conjugate_gradients import conjugate_gradients
 from equireg.operators.motion_kernel import motion_kernel
 from equireg.operators.separable import SeparableOperator
 
@@ -155,19 +154,6 @@ class MotionDeblur(Blur):
         spread = torch.fft.irfft2(torch.fft.rfft2(y, s=size) * transfer, s=size)
         spread = spread[..., : y.shape[-2] + 2 * radius, : y.shape[-1] + 2 * radius]
         return _fold_reflection(_fold_reflection(spread, radius, dim=-2), radius, dim=-1)
-
-    def pinv(self, y: Tensor, ridge: float = 0.0) -> Tensor:
-        """A^T (A A^T + ridge I)^-1 y by conjugate gradients, up to a relative residual of 1e-5.
-
-        Raises:
-            ValueError: if ``ridge`` is not positive, or too small for 1000 iterations.
-        """
-        if not ridge > 0:
-            raise ValueError(f"ridge={ridge} must be positive: MotionDeblur is not invertible")
-        x, converged = conjugate_gradients(lambda x: self.adjoint(self(x)) + ridge * x, self.adjoint(y))
-        if not converged.all():
-            raise ValueError(f"conjugate gradients did not converge at ridge={ridge}; a larger ridge is needed")
-        return x
 
     def _transfer(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Fourier transforms of the kernels, and their size (h, w): that of the padded images or a little more."""

@@ -97,8 +97,8 @@ class Inpainting(LinearOperator):
         """The SVD for images of ``shape``; all singular values are one, so ``threshold`` drops none."""
         return MaskSVD(shape, self.mask)
 
-    def measure(self, x: Tensor, noise: SampleNoise) -> Tensor:
-        y = super().measure(x, noise)
+    def add_noise(self, y: Tensor, noise: SampleNoise) -> Tensor:
+        y = super().add_noise(y, noise)
         return y if self.noise_on_masked else self.mask * y
 
     def baseline(self, y: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from equireg.folding import fold, unfold
+
 
 class UNet(nn.Module):
     """diffusers' UNet2DModel on images folded by ``space_to_depth``.
@@ -16,18 +18,21 @@ class UNet(nn.Module):
     Args:
         config: arguments of ``diffusers.UNet2DModel``; its channels are those after folding.
         space_to_depth: side s of the folded blocks.
+        image_by_image: evaluate the images of a batch one after the other, so that every bit of a result is the same
+            in every batch: convolutions of single images and of batches differ in their rounding.
 
     Raises:
         ValueError: if ``UNet2DModel`` refuses the arguments.
     """
 
-    def __init__(self, config: dict[str, Any], space_to_depth: int = 1) -> None:
+    def __init__(self, config: dict[str, Any], space_to_depth: int = 1, image_by_image: bool = False) -> None:
         super().__init__()
         try:
             self.unet = UNet2DModel(**config)
         except TypeError as error:
             raise ValueError(f"network: {error}") from error
         self.space_to_depth = space_to_depth
+        self.image_by_image = image_by_image
 
     @property
     def in_channels(self) -> int:
@@ -53,18 +58,13 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Output (B, out_channels, H, W) for images x (B, C, H, W) at timesteps t (B,)."""
-        output = self.unet(fold(x, self.space_to_depth), t).sample
+        folded = fold(x, self.space_to_depth)
+        if self.image_by_image:
+            images = zip(folded.split(1), t.split(1), strict=True)
+            output = torch.cat([self.unet(image, t_image).sample for image, t_image in images])
+        else:
+            output = self.unet(folded, t).sample
         return unfold(output, self.space_to_depth)
-
-
-def fold(x: Tensor, side: int) -> Tensor:
-    """side x side pixels into channels: (B, C, H, W) -> (B, C side^2, H/side, W/side)."""
-    return x if side == 1 else nn.functional.pixel_unshuffle(x, side)
-
-
-def unfold(x: Tensor, side: int) -> Tensor:
-    """The inverse of ``fold``."""
-    return x if side == 1 else nn.functional.pixel_shuffle(x, side)
 
 
 def as_batch(t: int | float, x: Tensor) -> Tensor:

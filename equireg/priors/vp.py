@@ -10,8 +10,17 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from equireg.noise import Noise
+from equireg.priors.ddim import DDIMStep
 from equireg.priors.networks import UNet, as_batch
-from equireg.priors.schedule import BetaSchedule, VPSchedule, VPStep, make_betas, space_timesteps
+from equireg.priors.schedule import (
+    BetaSchedule,
+    TimeMap,
+    VPSchedule,
+    VPStep,
+    make_betas,
+    space_timesteps,
+    time_of_sigma,
+)
 from equireg.weights import RANDOM, load_state, load_weights, read_diffusers_config, save_weights, settle
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
@@ -40,6 +49,7 @@ class VPPrior(nn.Module):
         num_train_timesteps: T.
         beta_schedule, beta_start, beta_end: the noise schedule of the training.
         clip: clip x0_hat to [-1, 1], inside the autograd graph (guided-diffusion's habit).
+        image_by_image: the same bits in every batch, at the price of batching; see ``UNet``.
 
     Arguments left at None take the value of the weights file, else the defaults of guided-diffusion: ``epsilon``,
     ``fixed_large`` (``learned_range`` when the network has twice the channels), 1000 steps, linear from 1e-4 to 0.02.
@@ -50,6 +60,8 @@ class VPPrior(nn.Module):
     """
 
     kind = "vp_prior"
+
+    space = "pixel"
 
     def __init__(
         self,
@@ -63,6 +75,7 @@ class VPPrior(nn.Module):
         beta_start: float | None = None,
         beta_end: float | None = None,
         clip: bool = True,
+        image_by_image: bool = False,
     ) -> None:
         super().__init__()
         asked = {
@@ -79,7 +92,9 @@ class VPPrior(nn.Module):
         asked = settle(asked, described, weights)
         if asked["network"] is None:
             raise ValueError("weights='random' needs the arguments of the network: network={...}")
-        self._complete(UNet(asked["network"], asked["space_to_depth"] or 1), asked, clip)
+        self._complete(UNet(asked["network"], asked["space_to_depth"] or 1, image_by_image), asked, clip)
+        if "scale_factor" in described:  # of the latents that it was trained on, see LatentPrior
+            self.description["scale_factor"] = described["scale_factor"]
         if state is not None:
             load_state(self.network.unet, state, weights)
 
@@ -163,8 +178,8 @@ class VPPrior(nn.Module):
         """The respaced process; see ``space_timesteps`` for the forms of ``respacing``."""
         return VPSchedule(self.alpha_bar, space_timesteps(self.num_train_timesteps, respacing))
 
-    def forward(self, x_t: Tensor, step: VPStep) -> Denoised:
-        """x0_hat (Tweedie), eps and log-variance at a step of the schedule; x_t is (B, C, H, W)."""
+    def forward(self, x_t: Tensor, step: VPStep | DDIMStep) -> Denoised:
+        """x0_hat (Tweedie), eps and log-variance (-inf in DDIM chains) at a step of a schedule; x_t is (B, C, H, W)."""
         output, v = self._split(self._run_network(x_t, as_batch(step.t, x_t)))
         x0_hat = self.tweedie(x_t, output, step.alpha_bar)
         if self.prediction == "epsilon":
@@ -182,6 +197,21 @@ class VPPrior(nn.Module):
         if self.prediction == "sample":
             return output
         return math.sqrt(alpha_bar) * x_t - math.sqrt(1 - alpha_bar) * output
+
+    def denoise(self, x: Tensor, sigma: float, time_map: TimeMap = "native") -> Tensor:
+        """E[x_0 | x] at x = x_0 + sigma n, unclipped: the network as a denoiser of Karras et al. (NeurIPS 2022).
+
+        Args:
+            x: (B, C, H, W).
+            sigma: noise level, in the units of x_0.
+            time_map: which timestep the network is told, see ``time_of_sigma``.
+        """
+        t = time_of_sigma(sigma, self.alpha_bar, time_map)
+        x_t = x / math.sqrt(1 + sigma**2)
+        output, _ = self._split(self._run_network(x_t, as_batch(t, x)))
+        if self.prediction == "epsilon":  # not through x_t, whose rounding sigma would multiply
+            return x - sigma * output
+        return self.tweedie(x_t, output, 1 / (1 + sigma**2))
 
     @torch.no_grad()
     def ancestral_step(self, x_t: Tensor, denoised: Denoised, step: VPStep, noise: Noise) -> Tensor:
@@ -219,7 +249,9 @@ class VPPrior(nn.Module):
             return output.chunk(2, dim=1)
         return output, None
 
-    def _log_variance(self, v: Tensor | None, step: VPStep) -> Tensor | float:
+    def _log_variance(self, v: Tensor | None, step: VPStep | DDIMStep) -> Tensor | float:
+        if not isinstance(step, VPStep):
+            return -math.inf
         if self.variance == "fixed_small":
             return step.log_beta_small
         if self.variance == "fixed_large":

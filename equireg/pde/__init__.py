@@ -1,0 +1,1 @@
+"""Partial differential equations: random fields, solvers, the linear estimator."""
