@@ -1,6 +1,6 @@
 """Posterior samplers against a posterior that is known: a Gaussian prior, a linear operator, Gaussian noise.
 
-    python benchmarks/closed_form.py [--chains 1024] [--steps 10 30 100] [--samplers DPS DAPS]
+    python benchmarks/closed_form.py [--chains 1024] [--steps 10 30 100] [--samplers DPS DAPS ...]
 
 Draws ``chains`` samples of the posterior of one measurement of an 8x8 field with every sampler and prints, per operator
 and number of steps, how far their mean and covariance lie from the true ones. A further sampler is one line in
@@ -8,8 +8,9 @@ PIXEL_SAMPLERS or LATENT_SAMPLERS.
 """
 
 import argparse
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -179,7 +180,10 @@ class Problem:
     def errors(self, samples: Tensor) -> Errors:
         """How far the mean and the covariance of samples are off."""
         samples = samples.flatten(1).double()
-        mean, covariance = samples.mean(0), torch.cov(samples.T)
+        return self.errors_of(samples.mean(0), torch.cov(samples.T))
+
+    def errors_of(self, mean: Tensor, covariance: Tensor) -> Errors:
+        """How far a mean (n,) and a covariance (n, n) are off."""
         trace = self.posterior_covariance.trace()
         return Errors(
             mean=((mean - self.posterior_mean).norm() / trace.sqrt()).item(),
@@ -188,25 +192,40 @@ class Problem:
         )
 
 
+def sampler_rows(problem: Problem, names: list[str], all_steps: list[int]) -> Iterator[tuple[str, Errors]]:
+    """Name, number of steps and network passes of every run, with its errors."""
+    for name in names:
+        for steps in all_steps:
+            sampler = problem.sampler(name, steps)
+            errors = problem.errors(problem.draw(sampler))
+            yield f"{name} | {steps} | {sampler.evaluations.forward} + {sampler.evaluations.backward}", errors
+
+
+def chain_rows(problem: Problem, lengths: list[int]) -> Iterator[tuple[str, Errors]]:
+    """DAPS without approximation, at five noise levels, over the length of its inner chain."""
+    for length in lengths:
+        settings = TRUE_LIKELIHOOD | {"prior_solver": "exact", "mcmc_steps": length}
+        sampler = DAPS(problem.prior(), problem.operator, 5, **settings)
+        errors = problem.errors(problem.draw(sampler))
+        yield f"DAPS, chains of {length} | 5 | {sampler.evaluations.forward} + 0", errors
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chains", type=int, default=1024)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 30, 100])
-    parser.add_argument("--samplers", nargs="+", default=[*PIXEL_SAMPLERS, *LATENT_SAMPLERS])
+    parser.add_argument("--samplers", nargs="*", default=[*PIXEL_SAMPLERS, *LATENT_SAMPLERS])
+    parser.add_argument("--chain_lengths", type=int, nargs="*", default=[1, 3, 10, 30, 100])
     options = parser.parse_args()
     torch.set_num_threads(1)
     for operator in OPERATORS:
         print(f"\n| {operator} | steps | network passes | mean | covariance | spread |\n|{' --- |' * 6}")
         problem = Problem(operator, options.chains)
-        exact = problem.errors(problem.exact_draws())
-        print(f"| exact draws | | | {exact.mean:.3f} | {exact.covariance:.2f} | {exact.spread:.2f} |")
-        for name in options.samplers:
-            for steps in options.steps:
-                sampler = problem.sampler(name, steps)
-                errors = problem.errors(problem.draw(sampler))
-                passes = f"{sampler.evaluations.forward} + {sampler.evaluations.backward}"
-                row = f"{errors.mean:.3f} | {errors.covariance:.2f} | {errors.spread:.2f}"
-                print(f"| {name} | {steps} | {passes} | {row} |", flush=True)
+        rows = [("exact draws | | ", problem.errors(problem.exact_draws()))]
+        rows += [("none: the prior mean | | ", problem.errors_of(problem.mean, problem.covariance))]
+        samplers = sampler_rows(problem, options.samplers, options.steps)
+        for text, errors in itertools.chain(rows, samplers, chain_rows(problem, options.chain_lengths)):
+            print(f"| {text} | {errors.mean:.3f} | {errors.covariance:.2f} | {errors.spread:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from lightning_modules.diffpir import DiffPIR
 from lightning_modules.diffusion_pde import DiffusionPDE
 from lightning_modules.dps import DPS
 from lightning_modules.field_baselines import FieldLinearMMSE
+from lightning_modules.field_pigdm import FieldPiGDM
 from lightning_modules.field_sampler import FieldSampler
 from lightning_modules.fundps import FunDPS
 from lightning_modules.latent_daps import LatentDAPS
@@ -39,6 +40,7 @@ __all__ = [
     "DiffusionPriorTraining",
     "FNOModule",
     "FieldLinearMMSE",
+    "FieldPiGDM",
     "FieldSampler",
     "FunDPS",
     "FunctionPriorTraining",

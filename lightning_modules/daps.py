@@ -48,7 +48,7 @@ class DAPS(PosteriorSampler):
             logarithm of the Gaussian likelihood of standard deviation tau.
         prior_solver: score of p(x0 | x_t) at x in the chain: ``gaussian`` (x0_hat - x) / sigma^2, or
             (x_t - x) / sigma^2 plus the prior's score at x_t (``score_t``), at x0_hat (``score_min``) or at x itself
-            (``exact``, the only one whose samples tend to the posterior; docs/closed_form.md).
+            (``exact``, nothing is approximated; docs/closed_form.md compares it with ``gaussian``).
         time_map: timestep that the network is told, see ``time_of_sigma``.
         seed: see ``PosteriorSampler``.
 

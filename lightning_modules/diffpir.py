@@ -136,11 +136,10 @@ class DiffPIR(PosteriorSampler):
             nearest = (levels - operator.noise_std(y).cpu().double()[:, None]).abs().argmin(1)
             alpha_bar_y = torch.from_numpy(self.prior.alpha_bar)[nearest].to(y).view(-1, 1, 1, 1)
             picture = operator(y + 1) - 1 if isinstance(operator, Inpainting) else y  # the masked pixels are black
+        elif operator.has_baseline:
+            picture = operator.baseline(y, operator.image_shape)
         else:
-            try:
-                picture = operator.baseline(y, operator.image_shape)
-            except NotImplementedError:  # at the highest level there is nothing but noise anyway
-                picture = 0
+            picture = 0  # at the highest level there is next to nothing but noise anyway
         scale = (alpha_bar / alpha_bar_y).sqrt()
         std = (1 - alpha_bar - scale.square() * (1 - alpha_bar_y)).clamp(min=0).sqrt()
         return scale * picture + std * noise.randn(operator.image_shape, like=y)

@@ -28,7 +28,7 @@ class DiffusionPDE(FieldSampler):
         zeta_pde: step size of the residual.
         late_fraction: the share of the steps without the residual.
         late_factor: of the distances' step sizes afterwards.
-        sigma_max, sigma_min, rho, residual, merge_losses, seed: see ``FieldSampler``.
+        sigma_max, sigma_min, rho, residual, temperature, merge_losses, seed: see ``FieldSampler``.
 
     Cost per step: two forward and two backward passes of the network.
 
@@ -50,16 +50,20 @@ class DiffusionPDE(FieldSampler):
         sigma_min: float = 0.002,
         rho: float = 7.0,
         residual: ResidualName | None = None,
+        temperature: float = 1.0,
         merge_losses: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(prior, operator, num_steps, sigma_max, sigma_min, rho, residual, merge_losses, seed)
+        super().__init__(
+            prior, operator, num_steps, sigma_max, sigma_min, rho, residual, temperature, merge_losses, seed
+        )
         for name, value in (("zeta_a", zeta_a), ("zeta_u", zeta_u), ("zeta_pde", zeta_pde)):
             if not value >= 0:
                 raise ValueError(f"{name}={value} must not be negative")
-        for name, value in (("late_fraction", late_fraction), ("late_factor", late_factor)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} must be between 0 and 1")
+        if not 0 <= late_fraction <= 1:
+            raise ValueError(f"late_fraction={late_fraction} must be between 0 and 1")
+        if not late_factor > 0:
+            raise ValueError(f"late_factor={late_factor} must be positive")
         if zeta_pde:
             self.need_residual()
         self.zetas = (zeta_a, zeta_u)
@@ -82,7 +86,7 @@ class DiffusionPDE(FieldSampler):
                 yield self.zeta_pde * norm(self.residual(fields)) / self.residual.cells(fields.shape[-1])  # L_pde
             yield scale * self.penalty_at(denoised, step, scale)  # EquiReg enters here
 
-        x = self.steps[0].sigma * self.prior.draw_noise(noise, operator.image_shape, like=sensors)
+        x = self.initial_state(noise, operator, like=sensors)
         for step in self.steps:  # i = 0 ... N-1
             x_c = x.detach().requires_grad_()
             x, denoised = self.prior.heun_step(x_c, step)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from equireg.noise import Noise
 from equireg.operators import Operator, Sensors
 from equireg.pde.residuals import PUBLISHED, RESIDUALS, Residual, ResidualName
 from equireg.priors import EDMPrior, SigmaStep
@@ -23,6 +24,9 @@ class FieldSampler(PosteriorSampler):
         num_steps: noise levels above 0.
         sigma_max, sigma_min, rho: the levels, see ``EDMPrior.steps``.
         residual: the equation's residual; the published one of the prior's equation when left out.
+        temperature: factor of the initial noise. 1 draws from the posterior; towards 0 the draws gather around its
+            middle, which halves the squared error of a mean: where all is Gaussian, exact guidance ends at the
+            posterior mean from 0.
         merge_losses: differentiate the sum of all guidance terms once. The published codes differentiate each by
             itself, which gives the same up to rounding and costs a backward pass more per term.
         seed: see ``PosteriorSampler``.
@@ -42,6 +46,7 @@ class FieldSampler(PosteriorSampler):
         sigma_min: float,
         rho: float,
         residual: ResidualName | None,
+        temperature: float,
         merge_losses: bool,
         seed: int,
     ) -> None:
@@ -51,6 +56,9 @@ class FieldSampler(PosteriorSampler):
         if name is not None and name not in RESIDUALS:
             raise ValueError(f"residual={name!r} is unknown; available: {', '.join(RESIDUALS)}")
         self.residual: Residual | None = RESIDUALS.get(name)
+        if not temperature >= 0:
+            raise ValueError(f"temperature={temperature} must not be negative")
+        self.temperature = temperature
         self.merge_losses = merge_losses
 
     @classmethod
@@ -66,7 +74,13 @@ class FieldSampler(PosteriorSampler):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if self.trainer.strategy.root_device.type == "mps":
+            raise ValueError(f"{type(self).__name__} computes in float64, which mps lacks; set trainer.accelerator=cpu")
         self.prior.check_equation(getattr(self.trainer.datamodule, "pde", None))
+
+    def initial_state(self, noise: Noise, operator: Sensors, like: Tensor) -> Tensor:
+        """x at the highest noise level (B, 2, H, W)."""
+        return self.steps[0].sigma * self.temperature * self.prior.draw_noise(noise, operator.image_shape, like)
 
     def gradient(self, terms: Iterable[Tensor], x: Tensor, step: SigmaStep) -> Tensor:
         """Gradient of the sum of the terms (B,) with respect to x, in one backward pass where they are merged."""

@@ -35,7 +35,7 @@ class FunDPS(FieldSampler):
         residual_weight: of the residual, in physical units.
         residual_loss: like ``sensor_loss``, over the inner points.
         huber_delta: where Huber losses turn linear.
-        sigma_max, sigma_min, rho, residual, merge_losses, seed: see ``FieldSampler``.
+        sigma_max, sigma_min, rho, residual, temperature, merge_losses, seed: see ``FieldSampler``.
 
     Cost per step: two forward and two backward passes of the network.
 
@@ -57,10 +57,13 @@ class FunDPS(FieldSampler):
         sigma_min: float = 0.002,
         rho: float = 7.0,
         residual: ResidualName | None = None,
+        temperature: float = 1.0,
         merge_losses: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(prior, operator, num_steps, sigma_max, sigma_min, rho, residual, merge_losses, seed)
+        super().__init__(
+            prior, operator, num_steps, sigma_max, sigma_min, rho, residual, temperature, merge_losses, seed
+        )
         weights = (weight, weight) if isinstance(weight, int | float) else tuple(weight)
         if len(weights) != 2 or not all(w >= 0 for w in weights):
             raise ValueError(f"weight={weight} must be one number or two, for a and u, none negative")
@@ -93,7 +96,7 @@ class FunDPS(FieldSampler):
                 yield scale * self.residual_weight * self.mean(residual, self.residual_loss, residual[0].numel())
             yield scale * self.penalty_at(denoised, step, scale)  # EquiReg enters here
 
-        x = self.steps[0].sigma * self.prior.draw_noise(noise, operator.image_shape, like=sensors)
+        x = self.initial_state(noise, operator, like=sensors)
         for step in self.steps:  # sigma_0 ... sigma_{N-1}, then 0
             is_last = step.sigma_next == 0
             x_c = x.detach().requires_grad_(not is_last)

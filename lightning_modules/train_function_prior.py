@@ -10,6 +10,9 @@ from equireg.pictures import field_pictures
 from equireg.priors import EDMPrior
 from lightning_modules.prior_training import PriorTraining
 
+FITTED = 8192
+"""Fields that a linear denoiser is fitted to, at most."""
+
 
 class FunctionPriorTraining(PriorTraining):
     """Denoising training of an EDM prior on fields x = (a, u) (Karras et al., NeurIPS 2022, eq. 7), with its own noise.
@@ -62,12 +65,13 @@ class FunctionPriorTraining(PriorTraining):
 
     def on_fit_start(self) -> None:
         if self.prior.linear is not None and not self.prior.linear.fitted:
-            self.prior.linear.fit(self.training_fields())
+            self.prior.linear.fit(self.training_fields(FITTED))
 
-    def training_fields(self) -> Tensor:
-        """All fields of the training set, normalised."""
+    def training_fields(self, most: int | None = None) -> Tensor:
+        """The fields of the training set, normalised; no more than ``most`` of them."""
         dataset = self.trainer.datamodule.dataset("train")
-        return self.prior.normalize(torch.stack([dataset[i]["x"] for i in range(len(dataset))]).to(self.device))
+        count = len(dataset) if most is None else min(most, len(dataset))
+        return self.prior.normalize(torch.stack([dataset[i]["x"] for i in range(count)]).to(self.device))
 
     def targets(self, batch: dict) -> Tensor:
         return self.prior.normalize(batch["x"])

@@ -256,6 +256,21 @@ def test_a_fitted_linear_denoiser_is_the_best_linear_one_where_modes_are_indepen
     assert linear.error(torch.tensor([sigma]))[0] == pytest.approx(error.item(), rel=0.02)
 
 
+@pytest.mark.parametrize("basis", ["fourier", "sine"])
+def test_the_covariance_of_a_linear_denoiser_is_its_jacobian_times_the_noise(basis: str) -> None:
+    """Tweedie's second moment, Cov[x_0 | x] = sigma^2 J, at points of both channels."""
+    torch.manual_seed(0)
+    linear = SpectralDenoiser(8, basis).double()
+    fields = torch.randn(200, 2, 8, 8, dtype=torch.float64) / (1 + torch.arange(8.0))
+    linear.fit(fields + 0.5 * fields.flip(1))
+    positions, sigma = torch.tensor([[9, 20, 42, 64 + 20, 127 - 9], [10, 11, 12, 64 + 9, 64 + 50]]), 0.3
+    x = torch.zeros(1, 2, 8, 8, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda v: linear(v, torch.tensor([sigma])), x).reshape(128, 128)
+    covariance = linear.covariance_between(positions, sigma)
+    for p, ours in zip(positions, covariance, strict=True):
+        torch.testing.assert_close(ours, sigma**2 * jacobian[p][:, p], rtol=1e-5, atol=1e-9)
+
+
 def test_a_prior_with_a_linear_denoiser_is_saved_with_it(tmp_path: Path) -> None:
     network = TINY_FIELD_NETWORK | {"linear": "fourier"}
     prior = EDMPrior("random", "navier_stokes", network=network)

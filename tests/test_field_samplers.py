@@ -22,7 +22,7 @@ from equireg.pde.residuals import RESIDUALS
 from equireg.priors import EDMPrior
 from equireg.regularizer import Regularizer, WeightSchedule
 from equireg.runs import read_run
-from lightning_modules import DiffusionPDE, FieldSampler, FunDPS
+from lightning_modules import DiffusionPDE, FieldPiGDM, FieldSampler, FunDPS
 from tests.tiny_fields import tiny_field_prior
 from tests.tiny_run import predict
 
@@ -34,7 +34,9 @@ SAMPLERS: dict[str, Make] = {
         prior, operator, num_steps=6, zeta_u=5.0, **options
     ),
 }
-sampler = pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS.keys())
+published = pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS.keys())
+ALL = SAMPLERS | {"FieldPiGDM": lambda prior, operator: FieldPiGDM(prior, operator, num_steps=6)}
+sampler = pytest.mark.parametrize("make", ALL.values(), ids=ALL.keys())
 
 
 class Blurred(MPE):
@@ -102,7 +104,7 @@ def test_the_same_sample_is_the_same_bit_for_bit(make: Make, prior: EDMPrior, fi
     assert torch.equal(restore(module, fields, [3, 4]), restore(module, fields, [3, 4]))
 
 
-@sampler
+@published
 def test_one_gradient_of_all_terms_is_the_sum_of_their_gradients(make: Make, prior: EDMPrior, fields: Tensor) -> None:
     results = []
     for merge_losses in (True, False):
@@ -116,16 +118,15 @@ def test_one_gradient_of_all_terms_is_the_sum_of_their_gradients(make: Make, pri
     assert backwards > 24  # each term by itself
 
 
-@pytest.mark.parametrize(("make", "guided"), [(SAMPLERS["FunDPS"], 5), (SAMPLERS["DiffusionPDE"], 6)])
+@pytest.mark.parametrize(("name", "backwards"), [("FunDPS", 10), ("DiffusionPDE", 11), ("FieldPiGDM", 11)])
 def test_a_step_costs_two_evaluations_and_their_backward_passes(
-    make: Make, guided: int, prior: EDMPrior, fields: Tensor
+    name: str, backwards: int, prior: EDMPrior, fields: Tensor
 ) -> None:
     """The last step of six is Euler's; FunDPS does not guide it."""
-    module = make(prior, Sensors("inverse", count=10))
+    module = ALL[name](prior, Sensors("inverse", count=10))
     module.evaluations.reset()
     restore(module, fields, [0, 1])
-    assert module.evaluations.forward == 11
-    assert module.evaluations.backward == 10 + (guided - 5)
+    assert (module.evaluations.forward, module.evaluations.backward) == (11, backwards)
 
 
 @sampler
@@ -139,7 +140,7 @@ def test_the_penalty_has_an_effect_and_a_weight_of_zero_has_none(make: Make, pri
     assert (restore(module, fields, [0, 1]) - plain)[:, 0].abs().max() > 1e-4
 
 
-@sampler
+@published
 def test_a_separate_penalty_is_scaled_by_its_weight_alone(make: Make, prior: EDMPrior, fields: Tensor) -> None:
     """Where the sampler scales its terms down, a penalty with a step size of its own is not scaled."""
     scales = []
@@ -182,6 +183,17 @@ def test_a_damaged_measurement_spoils_no_other_field(make: Make, prior: EDMPrior
 def test_the_prior_is_frozen_and_no_graph_survives(make: Make, prior: EDMPrior, fields: Tensor) -> None:
     restore(make(prior, Sensors("inverse", count=10)), fields, [0])
     assert not any(p.requires_grad or p.grad is not None for p in prior.parameters())
+
+
+@sampler
+def test_the_temperature_scales_the_initial_noise(make: Make, prior: EDMPrior, fields: Tensor) -> None:
+    module = make(prior, Sensors("inverse", count=10))
+    module.temperature = 0.0
+    y = module.operator.realize((2, 8, 8), [7])(fields[:1])  # the same measurement of the same field for both draws
+    operator = module.operator.realize((2, 8, 8), [7])
+    assert torch.equal(module(y, [0], operator, [0]), module(y, [0], operator, [1]))
+    module.temperature = 1.0
+    assert not torch.equal(module(y, [0], operator, [0]), module(y, [0], operator, [1]))
 
 
 def test_fundps_follows_the_sensors(prior: EDMPrior, fields: Tensor) -> None:
@@ -244,6 +256,8 @@ def test_the_published_navier_stokes_residual_is_a_sum_of_differences() -> None:
             lambda p: FunDPS(p, Sensors(), sensor_loss="l3"),
             "sensor_loss='l3' is unknown; available: mse, l2, l1, huber",
         ),
+        (lambda p: FunDPS(p, Sensors(), temperature=-1.0), "temperature=-1.0 must not be negative"),
+        (lambda p: FieldPiGDM(p, Sensors(), ridge=-1.0), "ridge=-1.0 must not be negative"),
         (lambda p: DiffusionPDE(p, Sensors(), zeta_a=-1.0), "zeta_a=-1.0 must not be negative"),
         (lambda p: DiffusionPDE(p, Sensors(), late_fraction=1.5), "late_fraction=1.5 must be between 0 and 1"),
     ],

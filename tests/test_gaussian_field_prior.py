@@ -11,7 +11,7 @@ from equireg.pde.generate import HelmholtzLaw
 from equireg.pde.linear_mmse import HelmholtzFields
 from equireg.pde.random_fields import exponential_covariance
 from equireg.priors.gaussian_field import GaussianFieldPrior
-from lightning_modules import FunDPS
+from lightning_modules import FieldPiGDM, FunDPS
 
 SIZE = 12
 
@@ -77,6 +77,31 @@ def test_guidance_brings_fundps_towards_the_posterior_mean(
     best = error(law.estimate(y, operator.positions))
     errors = [error(FunDPS(prior, operator, num_steps, weight=40.0)(y, indices, operator)) for num_steps in (15, 60)]
     assert best < errors[1] < errors[0] < 1
+
+
+@pytest.mark.parametrize("sigma_y", [0.0, 0.001])
+def test_pseudo_inverse_guidance_ends_at_the_posterior_mean(
+    sigma_y: float, law: HelmholtzFields, prior: GaussianFieldPrior, fields: Tensor
+) -> None:
+    """From the middle of the initial noise, for sensors on both fields, without and with measurement noise."""
+    indices = list(range(6))
+    operator = Sensors("both", count=12, sigma_y=sigma_y).realize((2, SIZE, SIZE), indices)
+    y = operator.measure(fields[:6], SampleNoise(indices, 0, Stream.MEASUREMENT))
+    module = FieldPiGDM(prior, operator, num_steps=60, ridge=1e-8, sigma_max=3000.0, temperature=0.0)
+    expected = law.estimate(y, operator.positions, sigma_y)
+    scale = fields.std((0, 2, 3), keepdim=True)
+    torch.testing.assert_close(
+        module(y, indices, operator) / scale, expected / scale, rtol=0, atol=0.01, check_dtype=False
+    )  # in units of the fields' standard deviation; 60 steps, and a chain that does not start at infinity
+
+
+def test_the_posterior_covariance_is_the_jacobian_of_the_denoiser_times_the_noise(prior: GaussianFieldPrior) -> None:
+    """Tweedie's second moment: Cov[x_0 | x] = sigma^2 J K."""
+    sigma, positions = 0.4, torch.tensor([[30, 75, 200, 260]])
+    x = torch.zeros(1, 2, SIZE, SIZE, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda v: prior.denoise(v, sigma).flatten()[positions[0]], x)
+    expected = sigma**2 * prior.noise.covariance(jacobian[:, 0]).flatten(1)[:, positions[0]]
+    torch.testing.assert_close(prior.covariance_between(positions, sigma)[0], expected)
 
 
 def test_a_field_of_another_size_is_refused(prior: GaussianFieldPrior) -> None:

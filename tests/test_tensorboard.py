@@ -186,6 +186,8 @@ def test_latent_estimates_are_decoded_and_their_own_equivariance_error_is_record
 
     sampler = Latent()
     sampler.prior.decode = lambda z: nn.functional.interpolate(z, scale_factor=2)
+    sampler.prior.encode = lambda x: x[:, :, ::2, ::2]
+    sampler.prior.latent_shape = lambda shape: (1, 6, 6)
     predict(run, EquiReg(LatentBlur(), weight=0.0), TensorBoardInspector(num_images=1), sampler=sampler)
     assert Image.open(run / "inspect" / "00000_image-0.png").size == (36, 12)
     with np.load(run / "inspect" / "00000_image-0.npz") as arrays:

@@ -7,13 +7,14 @@ per chunk, and attributes that say what they are.
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 
 from equireg.pde.equations import EQUATIONS, PDE, Normalizer, get_equation
 
@@ -215,15 +216,27 @@ def _open_hdf5_mat(path: Path, pde: PDE) -> Source:
 
 
 def _open_mat5(path: Path, pde: PDE) -> Source:
+    with _told_as_mat5(path):
+        shapes = {name: shape for name, shape, _ in whosmat(path)}
+    own = {name: shapes[name] for name in OFFICIAL_KEYS[pde] if name in shapes}
+    count, height, width = _official_shape(path, pde, own, list(shapes))
+
+    def read() -> Iterator[np.ndarray]:
+        with _told_as_mat5(path):
+            arrays = loadmat(path, variable_names=OFFICIAL_KEYS[pde])
+        fields = [arrays[name] for name in OFFICIAL_KEYS[pde]]
+        last = [f if f.ndim == 3 else f[..., -1] for f in fields]  # of ten times
+        yield from _blocks(count, lambda i: np.stack([f[i] for f in last], axis=1))
+
+    return count, (height, width), read
+
+
+@contextmanager
+def _told_as_mat5(path: Path) -> Iterator[None]:
     try:
-        arrays = loadmat(path, variable_names=OFFICIAL_KEYS[pde])
+        yield
     except Exception as error:  # readers raise nearly anything on damaged files
         raise ValueError(f"source={str(path)!r} is truncated or not a MATLAB file ({error})") from error
-    fields = {name: arrays[name] for name in OFFICIAL_KEYS[pde] if name in arrays}
-    present = [name for name in arrays if not name.startswith("__")]
-    count, height, width = _official_shape(path, pde, {k: f.shape for k, f in fields.items()}, present)
-    last = [f if f.ndim == 3 else f[..., -1] for f in fields.values()]  # the last of ten times
-    return count, (height, width), lambda: _blocks(count, lambda i: np.stack([f[i] for f in last], axis=1))
 
 
 def _official_shape(

@@ -31,6 +31,14 @@ class RandomField(ABC):
     def from_normals(self, normals: Tensor) -> Tensor:
         """Fields (B, *shape) of standard normals (B, *normals_shape(shape)), on their device and in their dtype."""
 
+    def covariance(self, v: Tensor) -> Tensor:
+        """K v for fields v (..., N, N), K the covariance of the field's values; in v's dtype.
+
+        Raises:
+            NotImplementedError: for laws that no diffusion takes its noise from.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no noise of a diffusion")
+
     def draw(self, noise: Noise, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Fields (B, *shape), each from its own sample's stream, on ``like``'s device and in its dtype.
 
@@ -164,6 +172,11 @@ class ExponentialNoise(RandomField):
         field = torch.fft.irfft2(roots * torch.fft.rfft2(normals), s=(side, side))
         return field[..., : side // 2, : side // 2].contiguous()
 
+    def covariance(self, v: Tensor) -> Tensor:
+        size = v.shape[-1]
+        eigenvalues = _torus_eigenvalues(2 * size, self.scale, self.eps).to(v)
+        return torch.fft.irfft2(eigenvalues * torch.fft.rfft2(v, s=(2 * size, 2 * size)))[..., :size, :size]
+
 
 class WhiteNoise(RandomField):
     """Independent standard normals: the noise of EDM (Karras et al., NeurIPS 2022); fields of any shape."""
@@ -173,6 +186,9 @@ class WhiteNoise(RandomField):
 
     def from_normals(self, normals: Tensor) -> Tensor:
         return normals
+
+    def covariance(self, v: Tensor) -> Tensor:
+        return v
 
 
 def exponential_covariance(size: int, scale: float = 0.05, eps: float = 0.01) -> Tensor:
@@ -217,14 +233,20 @@ def _cholesky(size: int, scale: float, eps: float, dtype: torch.dtype, device: t
 
 @lru_cache(maxsize=4)
 def _torus_roots(side: int, scale: float, eps: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Square roots of the eigenvalues (side, side // 2 + 1) of the kernel on a torus of ``side`` = 2 N points."""
-    i = torch.arange(side, dtype=torch.float64)
-    distance = torch.minimum(i, side - i) / (side // 2)
-    kernel = torch.exp(-torch.hypot(distance[:, None], distance) / (2 * scale**2))
-    eigenvalues = torch.fft.rfft2(kernel).real + eps**2
+    """Square roots of the eigenvalues of the kernel on a torus of ``side`` = 2 N points."""
+    eigenvalues = _torus_eigenvalues(side, scale, eps)
     if eigenvalues.min() < 0:  # long correlations do not close around the torus
         raise ValueError(f"scale={scale} is too large for method='circulant'; use 'cholesky'")
     return eigenvalues.sqrt().to(device, dtype)
+
+
+@lru_cache(maxsize=4)
+def _torus_eigenvalues(side: int, scale: float, eps: float) -> Tensor:
+    """Eigenvalues (side, side // 2 + 1) of the exponential kernel on a torus of ``side`` = 2 N points, float64."""
+    i = torch.arange(side, dtype=torch.float64)
+    distance = torch.minimum(i, side - i) / (side // 2)
+    kernel = torch.exp(-torch.hypot(distance[:, None], distance) / (2 * scale**2))
+    return torch.fft.rfft2(kernel).real + eps**2
 
 
 def _check_law(alpha: float, tau: float) -> None:

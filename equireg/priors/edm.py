@@ -1,7 +1,7 @@
 """Diffusion priors in sigma: fields x_0 + sigma g, with white noise or noise of function space."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -225,18 +225,39 @@ class EDMPrior(nn.Module):
         """The linear denoiser that the network corrects, where it has one."""
         return getattr(self.network, "linear", None)
 
-    def heun_step(self, x: Tensor, step: SigmaStep) -> tuple[Tensor, Tensor]:
+    def covariance_between(self, positions: Tensor, sigma: float) -> Tensor:
+        """Cov[x_0 | x_0 + sigma g] (B, m, m) at ``positions`` (B, m), as far as it is known without the network.
+
+        That of the linear denoiser where there is one, else that of independent normals of variance sigma_data^2.
+        float64, of normalised fields.
+        """
+        if self.linear is not None:
+            return self.linear.covariance_between(positions, sigma)
+        count = positions.shape[1]
+        identity = torch.eye(count, dtype=torch.float64, device=positions.device)
+        variance = (sigma * self.sigma_data) ** 2 / (sigma**2 + self.sigma_data**2)
+        return (variance * identity).expand(len(positions), count, count)
+
+    def heun_step(
+        self, x: Tensor, step: SigmaStep, denoise: Callable[[Tensor, float], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The state at sigma_next and the last denoised field on the way to it (Karras et al., Alg. 1).
 
         Both depend on x through two network calls; a step to 0 is Euler's and has one.
+
+        Args:
+            x: the state at sigma.
+            step: where it goes.
+            denoise: called as denoise(x, sigma) in the place of ``self.denoise``.
         """
+        denoise = denoise or self.denoise
         sigma, sigma_next = step.sigma, step.sigma_next
-        denoised = self.denoise(x, sigma)
+        denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next == 0:
             return x_next, denoised
-        denoised = self.denoise(x_next, sigma_next)
+        denoised = denoise(x_next, sigma_next)
         slope_next = (x_next - denoised) / sigma_next
         return x + (sigma_next - sigma) * (slope + slope_next) / 2, denoised
 

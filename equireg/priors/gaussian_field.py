@@ -49,6 +49,13 @@ class GaussianFieldPrior(EDMPrior):
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x))
         return self.network(x.double(), sigma).to(x.dtype)
 
+    def covariance_between(self, positions: Tensor, sigma: float) -> Tensor:
+        """The exact one."""
+        variances = self.network.variances
+        left = variances * sigma**2 / (variances + sigma**2)
+        rows = self.network.synthesis[positions]  # (B, m, n)
+        return (left * rows) @ rows.mT
+
 
 class GaussianFieldDenoiser(nn.Module):
     """mu + C (C + sigma^2 K)^-1 (x - mu) in the place of a network, called with x (B, 2, N, N) and sigma (B,)."""

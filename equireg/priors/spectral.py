@@ -1,5 +1,6 @@
 """The linear denoiser of fields that are nearly stationary: what a network in its company need not learn."""
 
+import itertools
 import math
 from typing import Literal
 
@@ -70,6 +71,31 @@ class SpectralDenoiser(nn.Module):
             directions = self.directions.to(coefficients.dtype)
             principal = torch.einsum("hwab,nahw->nhwb", directions.conj(), coefficients) * gain
             return self.mean + self.inverse(torch.einsum("hwab,nhwb->nahw", directions, principal))
+
+    def covariance_between(self, positions: Tensor, sigma: float) -> Tensor:
+        """Cov[x_0 | x_0 + sigma n] (B, m, m) between the values at ``positions`` (B, m) of the flattened fields.
+
+        float64.
+        """
+        variances = self.log_variances.double().exp()
+        left = variances * sigma**2 / (variances + sigma**2)
+        directions = self.directions.to(torch.complex128 if self.basis == "fourier" else torch.float64)
+        modes = torch.einsum("hwac,hwc,hwbc->abhw", directions, left.to(directions.dtype), directions.conj())
+        channel = torch.div(positions, self.side**2, rounding_mode="floor")
+        row, column = (torch.div(positions, self.side, rounding_mode="floor") % self.side, positions % self.side)
+        if self.basis == "fourier":  # a function of the difference of two points
+            kernel = torch.fft.irfft2(modes, s=(self.side, self.side))
+            by_row, by_column = ((p[:, :, None] - p[:, None]) % self.side for p in (row, column))
+            return kernel[channel[:, :, None], channel[:, None], by_row, by_column]
+        cells = self.side - 1
+        points = torch.arange(self.side, dtype=torch.float64, device=positions.device)
+        sines = torch.sin(torch.outer(points, points[1:-1]) * (math.pi / cells)) * math.sqrt(2 / cells)
+        waves = (sines[row][..., None] * sines[column][:, :, None]).flatten(2)  # (B, m, modes)
+        covariance = waves.new_zeros(*positions.shape, positions.shape[1])
+        for a, b in itertools.product(channel.unique().tolist(), repeat=2):
+            chosen = (channel == a)[:, :, None] & (channel == b)[:, None]
+            covariance = torch.where(chosen, (waves * modes[a, b].flatten()) @ waves.mT, covariance)
+        return covariance
 
     def error(self, sigma: Tensor) -> Tensor:
         """Its root mean square error (B,), per point, at noise levels sigma (B,)."""
