@@ -50,6 +50,7 @@ class EquiReg(Callback):
         shape = trainer.datamodule.image_shape
         latent = self.regularizer.function.space == "latent"
         self.regularizer.check_shape(pl_module.prior.latent_shape(shape) if latent else shape)
+        self.regularizer.function.check_equation(getattr(trainer.datamodule, "pde", None))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.regularizer.to(pl_module.device)  # a callback's modules are moved by nobody else

@@ -33,6 +33,9 @@ class MPE(nn.Module, ABC):
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         """Raises ValueError when f cannot take inputs of this (C, H, W)."""
 
+    def check_equation(self, pde: str | None) -> None:
+        """Raises ValueError when f knows another equation than the data's, which is None for images."""
+
     def known(self, decoded: Tensor) -> Tensor | None:
         """f(z) where it follows from the image that z decodes to; None where it has to be computed."""
         return None
@@ -142,7 +145,7 @@ class NeuralOperator(MPE):
         """Around an FNO that is there."""
         function = cls.__new__(cls)
         MPE.__init__(function)
-        function.fno, function._units = fno, []
+        function.fno, function._units = fno.eval().requires_grad_(False), []
         return function
 
     def bind(self, prior: nn.Module) -> None:
@@ -155,6 +158,9 @@ class NeuralOperator(MPE):
 
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         self.fno.check_shape(shape)
+
+    def check_equation(self, pde: str | None) -> None:
+        self.fno.check_equation(pde)
 
     def forward(self, x: Tensor) -> Tensor:
         u = x[:, -1:]

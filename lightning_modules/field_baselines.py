@@ -81,13 +81,12 @@ class FieldLinearMMSE(PosteriorSampler):
         self.prior.adopt(data)
         self.law = law = data.law
         is_exact = isinstance(law, HelmholtzLaw) if self.statistics is None else self.statistics == "exact"
-        device = "cpu" if self.device.type == "mps" else self.device  # float64
         if not is_exact:
             train = data.dataset("train")
-            self.fields = EmpiricalFields(torch.stack([train[i]["x"] for i in range(len(train))]), device)
+            self.fields = EmpiricalFields(torch.stack([train[i]["x"] for i in range(len(train))]))
         elif isinstance(law, HelmholtzLaw):
             field = law.field
-            self.fields = HelmholtzFields(law.size, law.solver.wavenumber, field.alpha, field.tau, device)
+            self.fields = HelmholtzFields(law.size, law.solver.wavenumber, field.alpha, field.tau)
         else:
             raise ValueError(f"statistics='exact': the covariance is known for helmholtz only, not for {pde}")
         if self.ridge is None:
