@@ -160,7 +160,7 @@ def plot(rows: Sequence[dict[str, str | float | int]], path: Path, title: str) -
         own = [row for row in rows if (row["group"], row["element"]) == (group, element)]
         noisy = [row for row in own if row["sigma"] != ""]
         style = {"marker": "o", "markersize": 4, "capsize": 2, "label": f"{group}: {element}"}
-        (line, *_), *_ = left.errorbar(
+        line, *_ = left.errorbar(
             [row["sigma"] for row in noisy],
             [row["relative_error"] for row in noisy],
             [row["standard_error"] for row in noisy],
