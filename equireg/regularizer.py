@@ -122,6 +122,7 @@ class Regularizer(nn.Module):
             )
         self.noise: Noise | None = None
         self.autocast_dtype: torch.dtype | None = None  # set to bfloat16 by EquiReg under bf16-mixed
+        self.image_by_image = False  # that of the sampler's prior, once attached
 
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         """Raises ValueError when inputs of this (C, H, W) cannot be penalised."""
@@ -158,7 +159,9 @@ class Regularizer(nn.Module):
         return equicon(self._evaluate, self.group, x, g)
 
     def _evaluate(self, x: Tensor) -> Tensor:
-        """f(x); like the prior, f alone runs in half precision under bf16-mixed."""
+        """f(x); like the prior, f alone runs in half precision under bf16-mixed, and image by image where that does."""
+        if self.image_by_image and len(x) > 1:
+            return torch.cat([self._evaluate(image) for image in x.split(1)])
         if self.autocast_dtype is None:
             return self.function(x)
         with torch.autocast(x.device.type, self.autocast_dtype):

@@ -162,6 +162,7 @@ class PosteriorSampler(LightningModule, ABC):
                 f"{type(self).__name__} samples in {self.space} space"
             )
         penalty.function.bind(self.prior)
+        penalty.image_by_image = getattr(self.prior, "image_by_image", False)
         self._penalty.append(penalty)
 
     def detach_penalty(self) -> None:

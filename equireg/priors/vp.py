@@ -165,6 +165,11 @@ class VPPrior(nn.Module):
         """(C, H, W) the prior was trained for."""
         return (self.network.in_channels, *self.network.image_size)
 
+    @property
+    def image_by_image(self) -> bool:
+        """Whether the images of a batch are evaluated one after the other."""
+        return getattr(self.network, "image_by_image", False)
+
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         """Raises ValueError when the prior cannot take images of this (C, H, W)."""
         channels, height, width = shape
