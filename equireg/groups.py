@@ -173,9 +173,10 @@ _NAVIER_STOKES = (
     TorusElement("rot180_shift_back", negate=True, shift=(-3, -3)),
     TorusElement("reflection_shift_back", sign=-1, swap=True, shift=(-2, -2)),
 )
-"""True symmetries of the forced Navier-Stokes equation of ``equireg.pde``: vorticity changes its sign under reflections,
-and the forcing, a function of x_1 + x_2, fixes axes and shifts. The relative error of T_g u(a) = u(T_g a) is 1e-15; that
-of a plain flip is 0.5 to 0.6. The first and the second generate the others, like the symmetries of a square.
+"""True symmetries of the forced Navier-Stokes equation of ``equireg.pde``: vorticity changes its sign under
+reflections, and the forcing, a function of x_1 + x_2, fixes axes and shifts. The relative error of T_g u(a) = u(T_g a)
+is 1e-15; that of a plain flip is 0.5 to 0.6. The first and the second generate the others, like the symmetries of a
+square.
 """
 
 GROUPS = {
