@@ -263,7 +263,7 @@ def _open_arrow(path: Path, pde: PDE) -> Source:
     try:
         import pyarrow as pa
     except ImportError as error:
-        raise ImportError(f"source={str(path)!r} needs pyarrow: pip install pyarrow") from error
+        raise ImportError(f"source={str(path)!r} needs pyarrow: pip install equireg[arrow]") from error
 
     folder = path if path.is_dir() else path.parent
     files = sorted(folder.glob("*.arrow")) if path.is_dir() else [path]
