@@ -30,7 +30,7 @@ class FieldLinearMMSE(PosteriorSampler):
             a, which gives u.
         fno: from the observed field to the other, with completion ``fno``.
         statistics: ``exact`` or ``empirical``; exact where it is known when left out.
-        ridge: variance added at the sensors, in units of their own; 1e-10 for exact and 1e-4 for empirical statistics
+        ridge: variance added at the sensors, in units of their own; 1e-10 for exact and 1e-6 for empirical statistics
             when left out.
         seed: see ``PosteriorSampler``.
 
@@ -90,7 +90,7 @@ class FieldLinearMMSE(PosteriorSampler):
         else:
             raise ValueError(f"statistics='exact': the covariance is known for helmholtz only, not for {pde}")
         if self.ridge is None:
-            self.ridge = 1e-10 if is_exact else 1e-4
+            self.ridge = 1e-10 if is_exact else 1e-6
 
     @torch.no_grad()
     def sample(self, y: Tensor, operator: Sensors, noise: Noise) -> Tensor:
