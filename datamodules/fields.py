@@ -23,9 +23,10 @@ CHANNELS = {"a": 0, "u": 1}
 class FieldDataModule(ImageDataModule):
     """Fields x = (a, u) (2, N, N) of one equation, float32, in physical units; networks normalise by ``normalizer``.
 
-    The files are those of ``python cli.py generate``. With mode ``simulate`` the run measures the fields with its
-    ``Sensors``; with mode ``given`` the values and positions of the sensors are the user's, there is no truth, and the
-    restored field is the result. A split whose file is not there is generated when it is first wanted.
+    The files are those of ``python cli.py generate``; a split whose file is not there is generated when it is first
+    wanted. With mode ``simulate`` the run measures the fields with its ``Sensors``; with mode ``given`` the values and
+    positions of the sensors are the user's, there is no truth, and the restored field is the result (files then only
+    serve samplers that want statistics of the training split).
 
     Args:
         folder: of the files.
@@ -116,8 +117,6 @@ class FieldDataModule(ImageDataModule):
         self.check_model()
 
     def dataset(self, split: Split) -> Dataset:
-        if self.mode == "given":
-            raise ValueError(f"mode='given' has no fields, but those of {split} are asked for")
         if split not in self._fields:
             fields = Fields(self._file(split), self.cache_bytes)
             self._check(fields)

@@ -186,6 +186,16 @@ def test_the_users_sensors_are_restored_without_truth(tmp_path: Path) -> None:
     torch.testing.assert_close(x0[0, 1, 5, 5], x[1, 5, 5])
 
 
+def test_statistics_of_the_training_split_serve_given_measurements(folder: str, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "mine.csv", "row,column,value", "1,2,0.5", "5,5,-0.25")
+    data = NavierStokes(folder, size=8, mode="given", measurements=path)
+    sampler = FieldLinearMMSE(Sensors("inverse"))
+    predict(tmp_path / "run", PredictionWriter(), sampler=sampler, data=data)
+    x0 = np.load(tmp_path / "run/predictions/00000_mine.npy")
+    assert x0[1, 1, 2] == pytest.approx(0.5, rel=1e-2)
+    assert np.abs(x0[0]).max() > 0
+
+
 def test_measurements_of_a_run_are_given_back(tmp_path: Path) -> None:
     folder = tmp_path / "measurements"
     folder.mkdir()
