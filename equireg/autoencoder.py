@@ -118,6 +118,33 @@ class Autoencoder(nn.Module):
         output = self.net.decode(z)
         return unfold(output.sample, self.space_to_depth), output.commit_loss.mean()
 
+    @torch.no_grad()
+    def standardize(self, mean: Tensor, std: Tensor) -> None:
+        """Gives every latent channel mean 0 and deviation 1: images and features stay what they are.
+
+        The map z -> (z - mean) / std goes into the 1x1 convolution after the encoder, its inverse into the one before
+        the decoder.
+
+        Args:
+            mean: (c,) of the latents so far.
+            std: (c,), positive.
+
+        Raises:
+            ValueError: if the family is VQ, whose codes fix the scale, the network has no such convolutions, or a
+                deviation is not positive.
+        """
+        before, after = self.net.quant_conv, self.net.post_quant_conv
+        if self.family != "kl" or before is None or after is None:
+            raise ValueError("only an AutoencoderKL with quant_conv and post_quant_conv can be standardised")
+        if not (std > 0).all():
+            raise ValueError(f"std={std.tolist()} must be positive")
+        after.bias += after.weight[:, :, 0, 0] @ mean
+        after.weight *= std.view(1, -1, 1, 1)
+        before.weight[: len(mean)] /= std.view(-1, 1, 1, 1)
+        before.bias[: len(mean)] -= mean
+        before.bias[: len(mean)] /= std
+        before.bias[len(mean) :] -= 2 * std.log()  # the log-variance belongs to the scaled latent
+
     def features(self, x: Tensor) -> Tensor:
         """The MPE function of the paper's code: post_quant_conv of the latent, no sampling, no quantisation."""
         z = self.encode(x)

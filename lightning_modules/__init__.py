@@ -20,6 +20,7 @@ from lightning_modules.psld import PSLD
 from lightning_modules.resample import ReSample
 from lightning_modules.sitcom import SITCOM
 from lightning_modules.train_autoencoder import AutoencoderTraining
+from lightning_modules.train_decoder import DecoderTraining
 from lightning_modules.train_fno import FNOModule
 from lightning_modules.train_function_prior import FunctionPriorTraining
 from lightning_modules.train_latent_prior import LatentPriorTraining
@@ -35,6 +36,7 @@ __all__ = [
     "PSLD",
     "SITCOM",
     "AutoencoderTraining",
+    "DecoderTraining",
     "DiffPIR",
     "DiffusionPDE",
     "DiffusionPriorTraining",

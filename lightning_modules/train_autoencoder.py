@@ -1,5 +1,6 @@
 """Training of an autoencoder: a first stage, and through its augmentation an MPE function."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -109,18 +110,22 @@ class AutoencoderTraining(LightningModule):
         describe(checkpoint, self.autoencoder.description, "autoencoder.net.")
 
     def test_step(self, batch: dict, batch_idx: int) -> None:
-        """Reconstruction PSNR, and the relative equivariance error of the encoder on clean and on noisy images."""
+        """Reconstruction PSNR, and the relative equivariance error of the trained part on clean and on noisy inputs."""
         x = batch["x"]
         reconstruction = self.autoencoder(x)
         self.log("test/psnr", psnr(reconstruction, x).mean(), sync_dist=True, batch_size=len(x))
         if batch_idx == 0:
             self._show(x, reconstruction)
-        f = Encoder(self.autoencoder)
+        f, points, unit = self.probed(x)
         noise = SampleNoise(batch["index"].tolist(), 0, Stream.GROUP)
         g = self.group.draw(noise, len(x), x.device)
-        n = noise.randn(tuple(x.shape[1:]), like=x)
+        n = unit * noise.randn(tuple(points.shape[1:]), like=points)
         for metric, sigma in zip(self.errors, (0.0, *self.test_sigmas), strict=True):
-            metric.update(equivariance_error(f, self.group, x + sigma * n, g))
+            metric.update(equivariance_error(f, self.group, points + sigma * n, g))
+
+    def probed(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor | float]:
+        """The function whose equivariance ``test`` measures, where it measures it, and the unit of the noise there."""
+        return Encoder(self.autoencoder), x, 1.0
 
     def _show(self, x: Tensor, reconstruction: Tensor) -> None:
         pair = torch.cat([x[: self.num_pictures], reconstruction[: self.num_pictures]])

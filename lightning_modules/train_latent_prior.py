@@ -6,8 +6,7 @@ from torch import Tensor
 from equireg.gaussian import ImageStatistics
 from equireg.priors import LatentPrior
 from lightning_modules.train_prior import DiffusionPriorTraining
-
-ENCODED_AT_ONCE = 64
+from lightning_modules.training import in_batches
 
 
 class LatentPriorTraining(DiffusionPriorTraining):
@@ -56,13 +55,11 @@ class LatentPriorTraining(DiffusionPriorTraining):
     @torch.no_grad()
     def encode_training_set(self, poses: int) -> tuple[Tensor, dict[int, int]]:
         """Latents (poses, N, c, h, w) of the training images, and the row of every sample's index."""
-        dataset = self.trainer.datamodule.dataset("train")
         latents: list[list[Tensor]] = [[] for _ in range(poses)]
         rows: dict[int, int] = {}
-        for start in range(0, len(dataset), ENCODED_AT_ONCE):
-            samples = [dataset[i] for i in range(start, min(start + ENCODED_AT_ONCE, len(dataset)))]
-            rows |= {sample["index"]: start + i for i, sample in enumerate(samples)}
-            x = torch.stack([sample["x"] for sample in samples]).to(self.device)
+        for x, indices in in_batches(self.trainer.datamodule.dataset("train")):
+            rows |= {index: len(rows) + i for i, index in enumerate(indices)}
+            x = x.to(self.device)
             for pose in range(poses):
                 g = torch.full((len(x),), pose, device=x.device)
                 moved = x if self.group is None else self.group.transform(x, g)

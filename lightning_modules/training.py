@@ -1,6 +1,7 @@
 """What the modules that train something share."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from equireg.groups import Group
 from equireg.pictures import encode_png, picture_grid, to_uint8
@@ -70,6 +72,13 @@ def describe(checkpoint: dict[str, Any], description: dict[str, Any], prefix: st
     """
     checkpoint["description"] = description
     checkpoint["weights_prefix"] = prefix
+
+
+def in_batches(dataset: Dataset, size: int = 64) -> Iterator[tuple[Tensor, list[int]]]:
+    """The images (B, C, H, W) of a data set in order, with their indices, ``size`` at a time."""
+    for start in range(0, len(dataset), size):
+        samples = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
+        yield torch.stack([sample["x"] for sample in samples]), [sample["index"] for sample in samples]
 
 
 def augment(x: Tensor, group: Group | None) -> Tensor:

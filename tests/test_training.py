@@ -14,7 +14,7 @@ from equireg.autoencoder import Autoencoder
 from equireg.commands.export import export_command
 from equireg.gaussian import ImageStatistics
 from equireg.priors import LatentPrior, VPPrior
-from lightning_modules import AutoencoderTraining, DiffusionPriorTraining, LatentPriorTraining
+from lightning_modules import AutoencoderTraining, DecoderTraining, DiffusionPriorTraining, LatentPriorTraining
 from tests.conftest import TINY_AUTOENCODER, TINY_UNET, make_latent_prior
 
 
@@ -140,6 +140,48 @@ def test_an_autoencoder_is_trained_exported_and_loaded(
     loaded = Autoencoder(str(path))
     assert (loaded.family, loaded.factor, loaded.channels) == (family, 2, 1)
     assert "truth_and_reconstruction" in tags(tmp_path, "images")
+
+
+def test_a_decoder_is_trained_and_the_encoder_stays(tmp_path: Path, faces_file: str) -> None:
+    path, data = tmp_path / "autoencoder.safetensors", Faces(faces_file, batch_size=8)
+    autoencoder = Autoencoder("random", "kl", TINY_AUTOENCODER)
+    x = data.dataset("val")[0]["x"][None]
+    features, picture = autoencoder.features(x), autoencoder(x)
+    make_trainer(tmp_path).fit(DecoderTraining(autoencoder, lr=1e-2, warmup_steps=1, export=str(path)), datamodule=data)
+    loaded = Autoencoder(str(path))
+    torch.testing.assert_close(loaded.features(x), features, rtol=1e-2, atol=1e-3)  # half precision in the file
+    assert not torch.allclose(loaded(x), picture, atol=1e-2)
+    images = torch.stack([sample["x"] for sample in data.dataset("train")])
+    std, mean = torch.std_mean(loaded.encode(images), dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=2e-2)
+    torch.testing.assert_close(std, torch.ones_like(std), rtol=2e-2, atol=0)
+
+
+def test_codes_fix_the_scale_of_their_latents() -> None:
+    vq = Autoencoder("random", "vq", TINY_AUTOENCODER | {"num_vq_embeddings": 16})
+    with pytest.raises(ValueError, match="vq"):
+        DecoderTraining(vq)
+
+
+def test_standardised_latents_decode_to_the_same_image(tiny_autoencoder: Autoencoder) -> None:
+    x = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    image, features, sigma = tiny_autoencoder(x), tiny_autoencoder.features(x), tiny_autoencoder.moments(x)[:, 2:]
+    std, mean = torch.std_mean(tiny_autoencoder.encode(x), dim=(0, 2, 3))
+    tiny_autoencoder.standardize(mean, std)
+    torch.testing.assert_close(tiny_autoencoder(x), image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiny_autoencoder.features(x), features, rtol=1e-4, atol=1e-5)
+    z = tiny_autoencoder.encode(x)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros_like(mean), rtol=0, atol=1e-4)
+    c = len(mean)
+    scaled = tiny_autoencoder.moments(x)[:, c:]
+    torch.testing.assert_close(scaled, sigma - 2 * std.log().view(1, -1, 1, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_decoder_gate_measures_the_decoder(tmp_path: Path, faces_file: str, tiny_autoencoder: Autoencoder) -> None:
+    module = DecoderTraining(tiny_autoencoder, test_sigmas=(0.1, 1.0))
+    metrics = make_trainer(tmp_path).test(module, datamodule=Faces(faces_file, batch_size=3), verbose=False)[0]
+    assert set(metrics) == {"test/psnr", *(f"test/equivariance_error_sigma{s}" for s in ("0", "0.1", "1"))}
+    assert all(value > 0 for value in metrics.values())
 
 
 def test_the_autoencoder_gate_measures_reconstruction_and_equivariance(
