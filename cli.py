@@ -49,7 +49,7 @@ Lightning commands
   test      test what was trained (denoising error against the linear bar, equivariance error, ...)
 
 Other commands
-  demo      restore a photograph under four tasks, with and without EquiReg
+  demo      restore a photograph under four tasks and two equations' fields, with and without EquiReg
   compare   one table from several runs, with paired differences and 95 % intervals
   sweep     a grid of settings as resumable runs, then one table
   matrix    which sampler restores which measurements, and what attaches to it
@@ -70,7 +70,8 @@ The writer reports diverged samples by an error at the very end: the inspector m
 
 
 NOISE = re.compile(
-    r"^(Does not validate against|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but )"
+    r"^(Does not validate against|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but |"
+    r"Not a valid subclass of Callback|Subclass types expect|a class path \(str\)|a dict with)"
 )
 """What jsonargparse says about the ways in which a value was not understood, beside the one that matters."""
 
@@ -239,7 +240,7 @@ def samplers() -> list[type[lightning_modules.PosteriorSampler]]:
 
 
 def demo_command(args: list[str]) -> int:
-    """demo; its picture comes from an optional package."""
+    """demo; its photograph and its figures come from optional packages."""
     from equireg.commands.demo import demo
 
     return demo(args, run=lightning_command)

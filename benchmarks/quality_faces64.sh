@@ -6,7 +6,8 @@
 #   bash benchmarks/quality_faces64.sh rows TASK STEPS MORE COUNT        the five rows on COUNT test faces (MORE: steps at
 #                                                                        the cost of Equi-DPS); ONLY="dps equi_dps" some
 #   bash benchmarks/quality_faces64.sh price TASK                        EquiReg at every step, every 5th, every 10th, val
-#   bash benchmarks/quality_faces64.sh tables                            docs/quality_faces64_100.md, docs/tuning_faces64/
+#   bash benchmarks/quality_faces64.sh tables                            docs/quality_faces64_STEPS.md (tables - 250: of that number of
+#                                                                        steps), docs/price_faces64.md, docs/tuning_faces64/
 #
 # TASK is super_resolution, gaussian_deblur, motion_deblur, random_inpainting or box_inpainting. Runs are resumable.
 set -euo pipefail
@@ -35,8 +36,11 @@ case $what in
     $PYTHON cli.py sweep --name "lambda/${task}_$steps" "${val[@]}" -c "$(dps "$suffix")" -c $prior -c "$operator" -c "$equi" \
       "${common[@]}" --over "trainer.callbacks.weight=0,$4" ;;
   price)
-    $PYTHON cli.py sweep --name "price/$task" "${val[@]}" -c "$(dps "")" -c $prior -c "$operator" -c "$equi" \
-      "${common[@]}" --over "config=$measure,$equi" --over trainer.callbacks.every=1,5,10 ;;
+    cost() { name=$1; shift
+      $PYTHON cli.py predict "${val[@]}" -c "$(dps "")" -c $prior -c "$operator" "$@" "${common[@]}" --name="price/$task/$name"
+    }
+    cost dps -c $measure
+    for every in 1 5 10; do cost "every_$every" -c "$equi" --trainer.callbacks.every=$every; done ;;
   rows)
     more=$4 count=$5
     row() { name=$1; shift; [[ " ${ONLY:-$name} " == *" $name "* ]] || return 0
@@ -51,18 +55,29 @@ case $what in
     row dps_more -c "$(dps "_$more")" -c $prior -c "$operator" -c $measure ;;
   tables)
     mkdir -p docs/tuning_faces64
-    for kind in zeta lambda price; do
+    for kind in zeta lambda; do
       for folder in "$ROOT/$kind"/*/; do
         [ -f "$folder/sweep.md" ] && cp "$folder/sweep.md" "docs/tuning_faces64/${kind}_$(basename "$folder").md"
       done
     done
     runs=() names=() groups=()
     for task in $TASKS; do
-      for name in dps baseline linear_mmse dps_more equi_dps; do
-        [ -f "$ROOT/$task/${steps}_$name/metrics.csv" ] || continue
-        runs+=("$ROOT/$task/${steps}_$name") names+=("$name")
+      for name in dps every_1 every_5 every_10; do
+        [ -f "$ROOT/price/$task/$name/metrics.csv" ] && runs+=("$ROOT/price/$task/$name") names+=("$name")
       done
-      groups+=("${task//_/ }")
+    done
+    [ ${#runs[@]} = 0 ] || $PYTHON cli.py compare "${runs[@]}" --names "${names[@]}" --group --group-names $TASKS \
+      --metrics psnr ssim equivariance_error seconds --title "64x64 faces, EquiReg at every step, every 5th, every 10th" \
+      --output docs/price_faces64
+    runs=() names=() groups=()
+    for task in $TASKS; do
+      for name in dps baseline linear_mmse dps_more equi_dps; do
+        path=$ROOT/$task/${steps}_$name
+        case $name in baseline | linear_mmse) path=$ROOT/$task/100_$name ;; esac  # these take no steps
+        [ -f "$ROOT/$task/${steps}_dps/metrics.csv" ] && [ -f "$path/metrics.csv" ] || continue
+        runs+=("$path") names+=("$name")
+      done
+      [ ! -f "$ROOT/$task/${steps}_dps/metrics.csv" ] || groups+=("${task//_/ }")
     done
     $PYTHON cli.py compare "${runs[@]}" --names "${names[@]}" --group --group-names "${groups[@]}" \
       --metrics psnr ssim data_misfit equivariance_error seconds --title "64x64 faces, $steps steps" \

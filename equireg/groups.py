@@ -179,6 +179,13 @@ is 1e-15; that of a plain flip is 0.5 to 0.6. The first and the second generate 
 square.
 """
 
+_NAVIER_STOKES_TORUS = tuple(
+    TorusElement(f"{e.name}_{k}", e.sign, e.negate, e.swap, ((e.shift[0] + k) % 8, (e.shift[1] - k) % 8))
+    for e in (TorusElement("shift"), *_NAVIER_STOKES[1:4])
+    for k in range(8)
+)
+"""The same and shifts along the anti-diagonal, on which the forcing is constant, by eighths of the side."""
+
 GROUPS = {
     group.name: group
     for group in (
@@ -193,6 +200,7 @@ GROUPS = {
         Group("helmholtz_d4", _D4),
         Group("navier_stokes_exact", _NAVIER_STOKES, pool=(1,)),  # the element that detects noise best
         Group("navier_stokes_exact_full", _NAVIER_STOKES),
+        Group("navier_stokes_torus", _NAVIER_STOKES_TORUS),
     )
 }
 

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from equireg.gaussian import ImageStatistics
+from equireg.groups import get_group
 from equireg.noise import Noise, SampleNoise, Stream
 from equireg.pde.noise_basis import NoiseBasis
 from equireg.pictures import field_pictures
 from equireg.priors import EDMPrior
 from lightning_modules.prior_training import PriorTraining
+from lightning_modules.training import augment
 
 FITTED = 8192
 """Fields that a linear denoiser is fitted to, at most."""
@@ -28,13 +30,15 @@ class FunctionPriorTraining(PriorTraining):
         decay_steps: last steps, over which the learning rate falls linearly to 0.
         p_mean, p_std: mean and standard deviation of log sigma. The published -1.2 spends most of the training where
             smooth fields are nearly known; -0.4 suits them better.
+        augmentation: name of a group whose random elements move the training fields; none when null. A true symmetry of
+            the equation and of its fields' law multiplies the data: ``helmholtz_d4``, ``navier_stokes_torus``.
         num_samples: fields in the grid of a validation.
         sample_steps: Heun steps of the grid.
         test_sigmas: noise levels of ``test``, in units of normalised fields (standard deviation 0.5).
         export: file that the trained (averaged) weights are written to at the end of ``fit``.
 
     Raises:
-        ValueError: if ``p_std`` is not positive.
+        ValueError: if ``p_std`` is not positive or the group is unknown; in ``setup`` if it does not act on the fields.
     """
 
     weights_prefix = "prior.network."
@@ -47,6 +51,7 @@ class FunctionPriorTraining(PriorTraining):
         decay_steps: int = 0,
         p_mean: float = -1.2,
         p_std: float = 1.2,
+        augmentation: str | None = None,
         num_samples: int = 8,
         sample_steps: int = 18,
         test_sigmas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0),
@@ -57,11 +62,14 @@ class FunctionPriorTraining(PriorTraining):
             raise ValueError(f"p_std={p_std} must be positive")
         self.p_mean = p_mean
         self.p_std = p_std
+        self.group = None if augmentation is None else get_group(augmentation)
         self.sample_steps = sample_steps
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.prior.check_equation(getattr(self.trainer.datamodule, "pde", None))
+        if self.group is not None:
+            self.group.check_shape(self.trainer.datamodule.image_shape)
 
     def on_fit_start(self) -> None:
         if self.prior.linear is not None and not self.prior.linear.fitted:
@@ -77,7 +85,7 @@ class FunctionPriorTraining(PriorTraining):
         return self.prior.normalize(batch["x"])
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        x_0 = self.targets(batch)
+        x_0 = self.prior.normalize(augment(batch["x"], self.group))
         # stratified over the batch: the same expectation as independent levels, less variance
         strata = (torch.arange(len(x_0), device=self.device) + torch.rand(len(x_0), device=self.device)) / len(x_0)
         noise = self.prior.draw_noise(GlobalNoise(len(x_0)), tuple(x_0.shape[1:]), like=x_0)

@@ -1,4 +1,4 @@
-"""The demonstration runs from its command to its table and its figure."""
+"""The demonstration's pictures: from the command to the table and the figure."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytest.importorskip("skimage")
 
 def test_the_demo_ends_with_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
-    assert cli.main(["demo", "--num_steps=2", "--draws=1", "--root", str(tmp_path)]) == 0
+    assert cli.main(["demo", "--only=images", "--num_steps=2", "--draws=1", "--root", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     for task in ("super resolution", "motion deblur", "random inpainting", "box inpainting"):
         assert task in told
@@ -31,3 +31,10 @@ def test_the_demo_takes_your_own_pictures(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(ROOT)
     assert cli.main(["demo", "--images", str(pictures), "--num_steps=2", "--draws=1", "--root", str(tmp_path)]) == 0
     assert (tmp_path / "demo/mine/demo.png").is_file()
+    assert not (tmp_path / "demo/equations").exists()
+
+
+def test_pictures_and_a_part_that_does_not_restore_them_are_refused(tmp_path: Path, capsys) -> None:
+    assert cli.main(["demo", "--images", "mine", "--only=fields", "--root", str(tmp_path)]) == 1
+    assert "--images=mine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from datamodules import Helmholtz, NavierStokes
 from equireg.commands.export import export_command
 from equireg.gaussian import ImageStatistics
+from equireg.groups import get_group
 from equireg.noise import SampleNoise, Stream
 from equireg.pde.generate import HelmholtzLaw, generate
 from equireg.pde.noise_basis import NoiseBasis
@@ -50,6 +51,28 @@ def test_a_prior_is_trained_averaged_exported_and_loaded(
     torch.testing.assert_close(again.network.unet.conv_out.weight, loaded.network.unet.conv_out.weight)
     assert {"train/loss", "val/loss"} <= set(tags(tmp_path, "scalars"))
     assert tags(tmp_path, "images") == ["samples"]
+
+
+def test_training_fields_are_moved_by_the_symmetries_of_their_equation(tmp_path: Path, folder: str) -> None:
+    prior = EDMPrior("random", "helmholtz", network=TINY_FIELD_NETWORK)
+    module = FunctionPriorTraining(prior, warmup_steps=0, num_samples=0, augmentation="helmholtz_d4")
+    seen: list[torch.Tensor] = []
+    module._loss = lambda x_0, sigma, noise: seen.append(x_0) or (prior.denoise(x_0, sigma) - x_0).flatten(1).mean(1)
+    data = Helmholtz(folder, size=8, batch_size=8)
+    make_trainer(tmp_path, limit_val_batches=0).fit(module, datamodule=data)
+    fields = prior.normalize(torch.stack([sample["x"] for sample in data.dataset("train")]))
+    poses = get_group("helmholtz_d4").elements
+    moved = torch.stack([element(fields) for element in poses]).flatten(2)  # (poses, fields, points)
+    found = [int((moved - x.flatten()).abs().amax(-1).amin(1).argmin()) for x in torch.cat(seen)]
+    nearest = [(moved - x.flatten()).abs().amax(-1).min().item() for x in torch.cat(seen)]
+    assert max(nearest) < 1e-5
+    assert len(set(found)) == 8
+
+
+def test_an_unknown_augmentation_is_refused() -> None:
+    prior = EDMPrior("random", "helmholtz", network=TINY_FIELD_NETWORK)
+    with pytest.raises(ValueError, match="'sideways' is unknown"):
+        FunctionPriorTraining(prior, augmentation="sideways")
 
 
 def test_training_lowers_the_loss(folder: str) -> None:

@@ -30,7 +30,7 @@ def test_element_zero_is_the_identity_and_never_drawn() -> None:
     x = torch.rand(1, 1, 8, 8)
     for group in GROUPS.values():
         torch.testing.assert_close(group.transform(x, torch.tensor([0])), x)
-        drawn = group.draw(SampleNoise(range(100), 0, Stream.GROUP), 100, x.device)
+        drawn = group.draw(SampleNoise(range(400), 0, Stream.GROUP), 400, x.device)
         assert set(drawn.tolist()) == set(group.pool)
         assert 0 not in group.pool
 

@@ -152,6 +152,17 @@ def test_every_exact_element_is_a_symmetry_of_the_flow(number: int) -> None:
     assert relative(solver(element(w_0), horizon=1.0), element(solver(w_0, horizon=1.0))) < 1e-12
 
 
+def test_a_shifted_element_is_a_symmetry_of_the_flow_too() -> None:
+    elements = get_group("navier_stokes_torus").elements
+    w_0 = PeriodicField().from_normals(doubles(1, 16, 16, 2))
+    solver = NavierStokes(16, dt=5e-3)
+    moved = solver(torch.cat([element(w_0) for element in elements]), horizon=1.0)
+    expected = solver(w_0, horizon=1.0)
+    assert len({tuple(field.flatten().tolist()) for field in moved}) == 32  # all different
+    for element, field in zip(elements, moved, strict=True):
+        assert relative(field[None], element(expected)) < 1e-12
+
+
 def test_a_plain_flip_is_no_symmetry_of_the_forced_flow() -> None:
     flip = get_group("flip").elements[1]
     w_0 = PeriodicField().from_normals(doubles(16, 32, 32, 2))
