@@ -157,6 +157,20 @@ def test_a_separate_penalty_is_scaled_by_its_weight_alone(make: Make, prior: EDM
 
 
 @sampler
+def test_half_precision_is_that_of_the_network_alone(make: Make, prior: EDMPrior, fields: Tensor) -> None:
+    module = make(copy.deepcopy(prior), Sensors("inverse", count=10))
+    full = restore(module, fields, [0, 1])
+    heard = []
+    module.listeners.append(lambda module, step, x0_hat: heard.append(x0_hat.dtype))
+    module.prior.autocast_dtype = torch.bfloat16  # what bf16-mixed sets
+    half = restore(module, fields, [0, 1])
+    assert set(heard) == {torch.float64}
+    assert not torch.equal(half, full)
+    difference = (half - full).flatten(2).norm(dim=2) / full.flatten(2).norm(dim=2)
+    assert difference.max() < 0.1  # bfloat16 has three digits; FieldPiGDM divides by what its prior is sure of
+
+
+@sampler
 def test_listeners_hear_every_step_once_in_physical_units(make: Make, prior: EDMPrior, fields: Tensor) -> None:
     module = make(prior, Sensors("inverse", count=10))
     heard = []

@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# The tables of docs/table_pde.md, Table 4 at small scale: search on val fields, the rows on test fields, the tables.
+#
+#   bash benchmarks/table_pde.sh tune_weight PDE TASK STEPS "1,2,4"                FunDPS: c of weight = c sensors
+#   bash benchmarks/table_pde.sh tune_diffusion_pde PDE TASK STEPS "10,30,100"     DiffusionPDE: zeta of what is observed
+#   bash benchmarks/table_pde.sh tune_ridge PDE TASK STEPS "0.001,0.01"            FieldPiGDM
+#   bash benchmarks/table_pde.sh tune_lambda PDE TASK STEPS GROUP "0.03,0.1,0.3"   Equi-FunDPS: rho of lambda = rho weight
+#   bash benchmarks/table_pde.sh tune_pigdm_lambda PDE TASK STEPS GROUP "10,30"    Equi-FieldPiGDM: lambda
+#   bash benchmarks/table_pde.sh rows PDE TASK STEPS MORE COUNT                    on COUNT test fields; ONLY="..." some
+#   bash benchmarks/table_pde.sh tables                                            docs/table_pde_*.md, docs/tuning_pde/
+#
+# PDE is helmholtz or navier_stokes, TASK forward, inverse or inverse_12percent, GROUP exact or flip; MORE are the steps
+# of FunDPS that take as long as 100 of Equi-FunDPS. TEMPERATURE=0 searches for FunDPS at temperature 0. What is chosen
+# goes into configs/sampler/PDE64 and configs/equireg/PDE64 by hand, one file per setting. Further arguments of a tune
+# verb are handed to `cli.py sweep`. Runs are resumable: name the values already searched with the new ones.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+ROOT=${ROOT:-runs/table_pde}
+DATA=${DATA:-data/pde}              # what is not there is generated as for the trainings
+PRECISION=${PRECISION:-bf16-mixed}  # of the networks of priors alone: samplers are float64, FNOs float32
+BATCH=${BATCH:-16}
+SEARCHED=${SEARCHED:-32}            # val fields of a search, spread over the split, each with its own sensors and seed
+TEMPERATURE=${TEMPERATURE:-1}
+
+fail() { echo "$1" >&2; exit 2; }
+what=${1:-help} pde=${2:-} task=${3:-} steps=${4:-}
+if [[ $what == tune_* || $what == rows ]]; then
+  [[ " helmholtz navier_stokes " == *" $pde "* ]] || fail "PDE must be helmholtz or navier_stokes, not '$pde'"
+  [[ " forward inverse inverse_12percent " == *" $task "* ]] || fail "TASK '$task' is unknown"
+fi
+direction=${task%_12percent}
+sensors=$([ "$task" = inverse_12percent ] && echo 492 || echo 125)
+completion=linear_mmse_$([ "$direction" = inverse ] && echo fno || echo solver)
+suffix=$([ "$steps" = 100 ] && echo "" || echo "_$steps")
+[[ $TEMPERATURE == [01] ]] || fail "TEMPERATURE must be 0 or 1, not '$TEMPERATURE'"
+t0=$([ "$TEMPERATURE" = 0 ] && echo _t0 || echo "")
+
+data=(-c "configs/data/${pde}64.yaml" --data.folder="$DATA")
+data+=(--data.generate_train=8000 --data.generate_val=200 --data.generate_test=200)
+val=("${data[@]}" --data.predict_split=val --data.limit="$SEARCHED" --data.subset_seed=0)
+common=(--data.batch_size="$BATCH" --trainer.devices=1 --trainer.precision="$PRECISION" --root="$ROOT")
+problem=(-c "configs/prior/${pde}64.yaml" -c "configs/task/fields64/$task.yaml")
+samplers=configs/sampler/${pde}64
+equireg=configs/equireg/${pde}64
+
+fundps() { echo "$samplers/fundps_$task$1.yaml"; }
+equi() { echo "$equireg/$1$([ "$2" = exact ] && echo "" || echo "_$2").yaml"; } # STEM GROUP
+scaled() { # FACTOR "1,2,4"
+  awk -v factor="$1" -v list="$2" 'BEGIN {
+    n = split(list, v, ",")
+    for (i = 1; i <= n; i++) printf("%s%g", (i > 1) ? "," : "", factor * v[i])
+  }'
+}
+sweep() { # KIND FOLDER OPTION...: the best setting is that of the least relative L2
+  $PYTHON cli.py sweep --name "$1/${pde}_${task}_$2" --metric relative_l2 "${val[@]}" "${@:3}" "${common[@]}"
+}
+
+case $what in
+  tune_weight)
+    weights=$(scaled "$sensors" "$5")
+    sweep weight "$steps$t0" -c "$(fundps "")" "${problem[@]}" --model.num_steps="$steps" \
+      --model.temperature="$TEMPERATURE" --over "model.weight=$weights" "${@:6}" ;;
+  tune_diffusion_pde)
+    zeta=$([ "$direction" = inverse ] && echo zeta_u || echo zeta_a)
+    sweep zeta "$steps" -c "$samplers/diffusion_pde_$direction.yaml" "${problem[@]}" --model.num_steps="$steps" \
+      --over "model.$zeta=$5" "${@:6}" ;;
+  tune_ridge)
+    sweep ridge "$steps" -c "$samplers/field_pigdm.yaml" "${problem[@]}" --model.num_steps="$steps" \
+      --over "model.ridge=$5" "${@:6}" ;;
+  tune_lambda)
+    sampler=$(fundps "$suffix$t0")
+    weight=$(sed -n 's/^ *weight: *\([0-9.]*\).*/\1/p' "$sampler")
+    lambdas=$(scaled "$weight" "$6")
+    sweep lambda "$steps${t0}_$5" -c "$sampler" "${problem[@]}" -c "$(equi "fundps_$task$suffix$t0" "$5")" \
+      --over "trainer.callbacks.weight=0,$lambdas" "${@:7}" ;;
+  tune_pigdm_lambda)
+    sweep pigdm_lambda "${steps}_$5" -c "$samplers/field_pigdm.yaml" "${problem[@]}" --model.num_steps="$steps" \
+      -c "$(equi "field_pigdm_$direction" "$5")" --over "trainer.callbacks.weight=0,$6" "${@:7}" ;;
+  rows)
+    more=$5 count=$6
+    case ${task}_$steps in
+      *_500) rows="fundps equi_fundps_exact equi_fundps_flip" ;;
+      inverse_12percent_*) rows="linear_mmse $completion fundps equi_fundps_exact equi_fundps_flip field_pigdm" ;;
+      *)
+        rows="linear_mmse $completion diffusion_pde"
+        rows+=" fundps fundps_more equi_fundps_exact equi_fundps_flip"
+        rows+=" fundps_t0 equi_fundps_t0_exact equi_fundps_t0_flip"
+        rows+=" field_pigdm equi_field_pigdm_exact equi_field_pigdm_flip" ;;
+    esac
+    for name in ${ONLY:-$rows}; do
+      group=${name##*_}
+      case $name in # every run names its sampler first, and a regulariser last: one of weight 0 measures
+        linear_mmse) row=(-c configs/sampler/fields/linear_mmse.yaml -c "configs/task/fields64/$task.yaml") ;;
+        linear_mmse_solver) row=(-c configs/sampler/fields/$name.yaml -c "configs/task/fields64/$task.yaml") ;;
+        linear_mmse_fno) row=(-c "$samplers/$name.yaml" -c "configs/task/fields64/$task.yaml") ;;
+        diffusion_pde) row=(-c "$samplers/${name}_$direction.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
+        fundps) row=(-c "$(fundps "$suffix")" "${problem[@]}") ;;
+        fundps_t0) row=(-c "$(fundps "${suffix}_t0")" "${problem[@]}") ;;
+        fundps_more) row=(-c "$(fundps _more)" "${problem[@]}" --model.num_steps="$more") ;;
+        equi_fundps_t0_*)
+          row=(-c "$(fundps "${suffix}_t0")" "${problem[@]}" -c "$(equi "fundps_$task${suffix}_t0" "$group")") ;;
+        equi_fundps_*) row=(-c "$(fundps "$suffix")" "${problem[@]}" -c "$(equi "fundps_$task$suffix" "$group")") ;;
+        field_pigdm) row=(-c "$samplers/$name.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
+        equi_field_pigdm_*)
+          row=(-c "$samplers/field_pigdm.yaml" "${problem[@]}" --model.num_steps="$steps")
+          row+=(-c "$(equi "field_pigdm_$direction" "$group")") ;;
+        *) fail "row '$name' is unknown" ;;
+      esac
+      [[ $name == equi_* ]] || row+=(-c "$equireg/measure.yaml")
+      $PYTHON cli.py predict "${data[@]}" "${row[@]}" "${common[@]}" --data.limit="$count" \
+        --name="$pde/$task/${steps}_$name"
+    done ;;
+  tables)
+    mkdir -p docs/tuning_pde
+    for kind in weight zeta ridge lambda pigdm_lambda; do
+      for folder in "$ROOT/$kind"/*/; do
+        [ ! -f "$folder/sweep.md" ] || cp "$folder/sweep.md" "docs/tuning_pde/${kind}_$(basename "$folder").md"
+      done
+    done
+    linear="linear_mmse linear_mmse_fno linear_mmse_solver"
+    table() { # STEM TITLE STEPS TASKS REFERENCE OTHERS: a block per problem whose reference was run
+      runs=() names=() blocks=()
+      for pde in helmholtz navier_stokes; do
+        for task in $4; do
+          [ -f "$ROOT/$pde/$task/$3_$5/metrics.csv" ] || continue
+          blocks+=("${pde//_/ }, ${task//_/ }")
+          for name in $5 $6; do
+            [ -f "$ROOT/$pde/$task/$3_$name/metrics.csv" ] || continue
+            runs+=("$ROOT/$pde/$task/$3_$name") names+=("$name")
+          done
+        done
+      done
+      [ ${#runs[@]} -gt 0 ] || return 0
+      $PYTHON cli.py compare "${runs[@]}" --names "${names[@]}" --group --group-names "${blocks[@]}" \
+        --metrics relative_l2 data_misfit network_evaluations seconds --title "$2" --output "docs/table_pde_$1"
+    }
+    both="forward inverse"
+    table 100 "Fields from 3 % sensors, 64x64, 100 steps" 100 "$both" fundps \
+      "$linear diffusion_pde fundps_more equi_fundps_exact equi_fundps_flip"
+    table 100_t0 "Fields from 3 % sensors, 64x64, 100 steps, temperature 0" 100 "$both" fundps_t0 \
+      "$linear equi_fundps_t0_exact equi_fundps_t0_flip field_pigdm"
+    table 100_pigdm "Fields from 3 % sensors, 64x64, 100 steps, pseudo-inverse guidance" 100 "$both" field_pigdm \
+      "$linear equi_field_pigdm_exact equi_field_pigdm_flip"
+    table 500 "Fields from 3 % sensors, 64x64, 500 steps" 500 inverse fundps "equi_fundps_exact equi_fundps_flip"
+    table 12percent "Fields from 12 % sensors, 64x64, 100 steps" 100 inverse_12percent fundps \
+      "$linear equi_fundps_exact equi_fundps_flip field_pigdm" ;;
+  *) sed -n '2,/^set/p' "$0" | sed '$d'; exit 2 ;;
+esac
