@@ -1,9 +1,10 @@
-"""Memory of latent samplers: batch 8 against eight times batch 1, and a trajectory four times as long.
+"""Memory of samplers with the bundled priors, 64x64.
 
     python benchmarks/memory.py [--batch 8]
 
-Every measurement is a process of its own (Linux): its peak resident memory while sampling, less what it held before.
-The autoencoder is the bundled one, at 64x64; the prior on its latents has random weights.
+Latent samplers: batch 8 against eight times batch 1, and a trajectory four times as long. Pixel samplers: a batch of 16
+with the network's autograd graph (DPS) and without (DDRM, DiffPIR). Every measurement is a process of its own (Linux):
+its peak resident memory while sampling, less what it held before.
 """
 
 import argparse
@@ -18,20 +19,9 @@ import equireg  # noqa: F401  its guard must run before lightning is imported
 from equireg.autoencoder import Autoencoder
 from equireg.operators import Operator, SuperResolution
 from equireg.priors import LatentPrior, VPPrior
-from lightning_modules import PSLD, LatentDAPS, PosteriorSampler, ReSample
+from lightning_modules import DDRM, DPS, PSLD, DiffPIR, LatentDAPS, PosteriorSampler, ReSample
 
-NETWORK = {
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 1,
-    "block_out_channels": [64, 96, 128],
-    "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 2,
-    "up_block_types": ["AttnUpBlock2D"] * 2 + ["UpBlock2D"],
-    "attention_head_dim": 32,
-}
-
-SAMPLERS: dict[str, Callable[[LatentPrior, Operator, int], PosteriorSampler]] = {
+LATENT: dict[str, Callable[[LatentPrior, Operator, int], PosteriorSampler]] = {
     "LatentDAPS": lambda prior, operator, length: LatentDAPS(prior, operator, num_steps=5 * length, mcmc_steps=10),
     "PSLD": lambda prior, operator, length: PSLD(prior, operator, num_steps=20 * length),
     "ReSample": lambda prior, operator, length: ReSample(
@@ -40,7 +30,16 @@ SAMPLERS: dict[str, Callable[[LatentPrior, Operator, int], PosteriorSampler]] = 
 }
 """Each with a trajectory of ``length`` times its shortest."""
 
+PIXEL: dict[str, Callable[[VPPrior, Operator, int], PosteriorSampler]] = {
+    "DPS": lambda prior, operator, length: DPS(prior, operator, num_steps=5 * length),
+    "DDRM": lambda prior, operator, length: DDRM(prior, operator, num_steps=5 * length),
+    "DiffPIR": lambda prior, operator, length: DiffPIR(prior, operator, num_steps=5 * length),
+}
+"""DPS differentiates the network; the others build no autograd graph."""
+
+ASSETS = "equireg/assets"
 BOUND = 1.2
+PIXEL_BATCH = 16
 
 
 def resident(field: str) -> float:
@@ -53,9 +52,12 @@ def growth(name: str, batch: int, length: int) -> float:
     """Peak memory of sampling a batch, less what the process held before, in MB."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    autoencoder = Autoencoder("equireg/assets/faces64_autoencoder.safetensors")
-    prior = LatentPrior(VPPrior("random", network=NETWORK), autoencoder)
-    module = SAMPLERS[name](prior, SuperResolution(4), length)
+    if name in PIXEL:
+        module = PIXEL[name](VPPrior(f"{ASSETS}/faces64_prior.safetensors"), SuperResolution(4), length)
+    else:
+        autoencoder = Autoencoder(f"{ASSETS}/faces64_autoencoder.safetensors")
+        prior = LatentPrior(VPPrior(f"{ASSETS}/faces64_latent_prior.safetensors"), autoencoder)
+        module = LATENT[name](prior, SuperResolution(4), length)
     operator = module.operator.realize((1, 64, 64), list(range(batch)))
     y = operator(torch.zeros(batch, 1, 64, 64))
     before = resident("VmRSS")
@@ -79,11 +81,13 @@ def main() -> None:
         name, batch, length = options.measure
         print(growth(name, int(batch), int(length)))
         return
-    for name in SAMPLERS:
+    for name in LATENT:
         one, many, longer = (measured_apart(name, *rest) for rest in ((1, 1), (options.batch, 1), (options.batch, 4)))
         ratio = many / (options.batch * one)
         print(f"{name}: batch 1 {one:.0f} MB, batch {options.batch} {many:.0f} MB, ratio {ratio:.2f} (bound {BOUND})")
         print(f"{name}: a trajectory four times as long at batch {options.batch} {longer:.0f} MB")
+    for name in PIXEL:
+        print(f"{name}: batch {PIXEL_BATCH} {measured_apart(name, PIXEL_BATCH, 1):.0f} MB")
 
 
 if __name__ == "__main__":
