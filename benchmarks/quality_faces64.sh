@@ -62,11 +62,11 @@ case $what in
     done
     runs=() names=() groups=()
     for task in $TASKS; do
-      for name in dps every_1 every_5 every_10; do
-        [ -f "$ROOT/price/$task/$name/metrics.csv" ] && runs+=("$ROOT/price/$task/$name") names+=("$name")
-      done
+      [ -f "$ROOT/price/$task/every_10/metrics.csv" ] || continue
+      for name in dps every_1 every_5 every_10; do runs+=("$ROOT/price/$task/$name") names+=("$name"); done
+      groups+=("${task//_/ }")
     done
-    [ ${#runs[@]} = 0 ] || $PYTHON cli.py compare "${runs[@]}" --names "${names[@]}" --group --group-names $TASKS \
+    [ ${#runs[@]} = 0 ] || $PYTHON cli.py compare "${runs[@]}" --names "${names[@]}" --group --group-names "${groups[@]}" \
       --metrics psnr ssim equivariance_error seconds --title "64x64 faces, EquiReg at every step, every 5th, every 10th" \
       --output docs/price_faces64
     runs=() names=() groups=()
