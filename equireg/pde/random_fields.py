@@ -166,7 +166,8 @@ class ExponentialNoise(RandomField):
         if normals.ndim == 3:
             size = math.isqrt(normals.shape[1])
             factor = _cholesky(size, self.scale, self.eps, normals.dtype, normals.device)
-            return (factor @ normals).movedim(-1, 1).unflatten(-1, (size, size))
+            columns = factor @ normals.movedim(0, 1).flatten(1)  # one product: a batched one reads the factor B times
+            return columns.unflatten(1, (len(normals), -1)).permute(1, 2, 0).unflatten(-1, (size, size))
         side = normals.shape[-1]
         roots = _torus_roots(side, self.scale, self.eps, normals.dtype, normals.device)
         field = torch.fft.irfft2(roots * torch.fft.rfft2(normals), s=(side, side))
