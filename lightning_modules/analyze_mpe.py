@@ -147,15 +147,13 @@ def plot(rows: Sequence[dict[str, str | float | int]], path: Path, title: str) -
     Without matplotlib (extra ``demo``) there is a warning in place of the picture.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         rank_zero_warn("matplotlib is not installed (pip install equireg[demo]): there is no plot")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     others = list(dict.fromkeys(row["input"] for row in rows if row["sigma"] == ""))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, width_ratios=(3, 2))
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for group, element in dict.fromkeys((row["group"], row["element"]) for row in rows):
         own = [row for row in rows if (row["group"], row["element"]) == (group, element)]
         noisy = [row for row in own if row["sigma"] != ""]
@@ -176,9 +174,8 @@ def plot(rows: Sequence[dict[str, str | float | int]], path: Path, title: str) -
     for axes in (left, right):
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    figure.tight_layout()
+    right.margins(x=0.2)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150)
-    plt.close(figure)
     atomic_write(path, buffer.getvalue())
