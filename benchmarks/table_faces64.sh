@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The tables of docs/table_faces64.md and docs/latent_faces64.md: every sampler and task, without and with EquiReg.
+# The tables docs/table_faces64.md and docs/equi_faces64/: every sampler and task, without and with EquiReg.
 #
 #   bash benchmarks/table_faces64.sh tune SAMPLER TASK KEY VALUES    an option of the sampler, val faces: tune psld
 #                                                                    super_resolution model.omega 1,2,4
 #   bash benchmarks/table_faces64.sh tune_lambda FORM SAMPLER TASK VALUES   the weight of EquiReg (or KEY=VALUES), val faces
 #   bash benchmarks/table_faces64.sh row FORM SAMPLER [TASK ...]     test faces, all five tasks unless some are named
-#   bash benchmarks/table_faces64.sh tables                          docs/table_faces64_*.md, docs/latent_faces64_*.md, docs/tuning_faces64/
+#   bash benchmarks/table_faces64.sh tables                          docs/table_faces64.md, docs/equi_faces64/, docs/tuning_faces64/
 #
 # SAMPLER is the beginning of a file's name in configs/sampler/faces64, or measurement_baseline, or linear_mmse.
-# FORM is base, equi, equicon, or more: the base sampler with as many more steps as its Equi form takes time.
+# FORM is base, equi, equicon, or more: the base sampler with as many more steps as its Equi form takes time, from files
+# SAMPLER_more*.yaml.
 # Runs are resumable; those of other samplers can run beside each other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -58,7 +59,7 @@ case $what in
         --name="$task/$form/$sampler"
     done ;;
   tables)
-    mkdir -p docs/tuning_faces64
+    mkdir -p docs/tuning_faces64 docs/equi_faces64
     for folder in "$ROOT"/tuning/*/; do
       [ -f "$folder/sweep.md" ] && cp "$folder/sweep.md" "docs/tuning_faces64/$(basename "$folder").md"
     done
@@ -82,5 +83,5 @@ case $what in
     for sampler in $LATENT $PIXEL; do  # each against its base, the reference of the differences
       table "docs/equi_faces64/$sampler" "64x64 faces, EquiReg in $sampler" base/$sampler more/$sampler equi/$sampler equicon/$sampler
     done ;;
-  *) sed -n 2,13p "$0"; exit 2 ;;
+  *) sed -n 2,14p "$0"; exit 2 ;;
 esac

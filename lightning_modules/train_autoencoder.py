@@ -76,8 +76,7 @@ class AutoencoderTraining(LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x = augment(batch["x"], self.group)
         if self.equivariance_weight:
-            pool = torch.tensor(self.group.pool, device=x.device)
-            g = pool[torch.randint(len(pool), (len(x),), device=x.device)]
+            g = self.random_elements(x)
             x = torch.cat([x, self.group.transform(x, g)])  # every image in two poses, reconstructed in both
         moments = self.autoencoder.moments(x)
         if self.autoencoder.family == "kl":
@@ -94,6 +93,11 @@ class AutoencoderTraining(LightningModule):
         equivariance = defect.square().mean() / latent.detach().square().mean()  # relative: no reward for shrinking z
         self.log("train/equivariance", equivariance, prog_bar=True)
         return error + regularisation + self.equivariance_weight * equivariance
+
+    def random_elements(self, x: Tensor) -> Tensor:
+        """Numbers (B,) of elements drawn from the group's pool, one per image."""
+        pool = torch.tensor(self.group.pool, device=x.device)
+        return pool[torch.randint(len(pool), (len(x),), device=x.device)]
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x = batch["x"]

@@ -80,8 +80,7 @@ class DecoderTraining(AutoencoderTraining):
         x = augment(batch["x"], self.group)
         with torch.no_grad():
             z = self.autoencoder.encode(x).float()
-        pool = torch.tensor(self.group.pool, device=x.device)
-        g = pool[torch.randint(len(pool), (len(x),), device=x.device)]
+        g = self.random_elements(x)
         latents = torch.cat([z, self.group.transform_features(z, g)])
         noise = self.latent_noise * self.latent_std.view(1, -1, 1, 1) * torch.randn_like(latents)
         images = self.autoencoder.decode(latents + noise).float()
