@@ -37,7 +37,8 @@ suffix=$([ "$steps" = 100 ] && echo "" || echo "_$steps")
 t0=$([ "$TEMPERATURE" = 0 ] && echo _t0 || echo "")
 
 data=(-c "configs/data/${pde}64.yaml" --data.folder="$DATA")
-data+=(--data.generate_train=8000 --data.generate_val=200 --data.generate_test=200)
+pairs=$([ "$pde" = navier_stokes ] && echo 4000 || echo 8000)  # those of configs/train
+data+=(--data.generate_train="$pairs" --data.generate_val=200 --data.generate_test=200)
 val=("${data[@]}" --data.predict_split=val --data.limit="$SEARCHED" --data.subset_seed=0)
 common=(--data.batch_size="$BATCH" --trainer.devices=1 --trainer.precision="$PRECISION" --root="$ROOT")
 problem=(-c "configs/prior/${pde}64.yaml" -c "configs/task/fields64/$task.yaml")
