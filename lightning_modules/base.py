@@ -345,7 +345,7 @@ class PosteriorSampler(LightningModule, ABC):
         return digest.hexdigest()[:16]
 
     def _float32(self) -> AbstractContextManager:
-        """Sampler arithmetic stays in float32; under bf16-mixed the prior's network alone is autocast."""
+        """Sampler arithmetic stays in float32; under bf16-mixed the prior's networks alone are autocast."""
         return torch.autocast(self.device.type, enabled=False)
 
 

@@ -44,6 +44,17 @@ def test_the_gradient_passes_encoder_and_decoder(images: Tensor) -> None:
     assert gradient.abs().max() > 0
 
 
+def test_the_autoencoder_computes_in_the_type_of_the_network(images: Tensor) -> None:
+    """Images and latents stay float32, and half precision moves them by no more than its rounding."""
+    latent = make_latent_prior("kl")
+    z, x = latent.encode(images), latent.decode(latent.encode(images))
+    latent.autocast_dtype = torch.bfloat16
+    z_half, x_half = latent.encode(images), latent.decode(z)
+    assert z_half.dtype == x_half.dtype == torch.float32
+    for half, full in ((z_half, z), (x_half, x)):
+        assert 0 < (half - full).norm() < 0.02 * full.norm()
+
+
 def test_quantisation_snaps_to_codes_and_is_passed_straight_through(images: Tensor) -> None:
     prior, autoencoder = make_parts("vq")
     quantized, plain = LatentPrior(prior, autoencoder), LatentPrior(prior, autoencoder, quantize=False)

@@ -122,6 +122,29 @@ def test_psld_follows_the_data(images: Tensor) -> None:
     assert misfit(strong, images) < 0.9 * misfit(weak, images)
 
 
+def test_a_step_of_psld_is_no_longer_than_its_limit(images: Tensor) -> None:
+    """Without weights z_t follows the chain alone: what a limited guidance adds to its first step is known in size."""
+    limit, latent_prior, latents = 0.01, make_latent_prior(), {}
+    for name, options in {"chain": {"omega": 0.0, "gamma": 0.0}, "limited": {"omega": 50.0, "step_limit": limit}}.items():
+        module = PSLD(latent_prior, SuperResolution(4), num_steps=2, **options)
+        seen = []
+        handle = latent_prior.network.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        restore(module, images, [0, 1])
+        handle.remove()
+        latents[name] = seen[1]
+    rms = (latents["limited"] - latents["chain"]).flatten(1).square().mean(1).sqrt()
+    torch.testing.assert_close(rms, torch.full_like(rms, limit), rtol=1e-3, atol=0.0)
+
+
+def test_a_step_within_the_limit_is_left_alone(images: Tensor) -> None:
+    latent_prior = make_latent_prior()
+    free, limited = (
+        restore(PSLD(latent_prior, SuperResolution(4), num_steps=3, step_limit=limit), images, [0, 1])
+        for limit in (None, 1e6)
+    )
+    assert torch.equal(free, limited)
+
+
 def test_resample_follows_the_data(images: Tensor) -> None:
     operator = RandomInpainting(sigma_y=0.0)
     options = {"num_steps": 10, "every": 2, "latent_lr": 0.1}
@@ -264,6 +287,7 @@ def test_a_tolerance_below_the_noise_is_warned_of() -> None:
     [
         (PSLD, {"omega": -1}, "omega=-1 must not be negative"),
         (PSLD, {"gamma": -1}, "gamma=-1 must not be negative"),
+        (PSLD, {"step_limit": 0.0}, "step_limit=0.0 must be positive, or null for none"),
         (PSLD, {"num_steps": 0}, "num_steps=0 must be between 1 and 1000"),
         (PSLD, {"eta": 2}, "eta=2 must be between 0 and 1"),
         (ReSample, {"num_steps": 501}, "num_steps=501 must be at most 500"),

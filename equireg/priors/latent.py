@@ -136,7 +136,7 @@ class LatentPrior(nn.Module):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """Type that the denoising network computes in; the autoencoder stays in float32."""
+        """Type that the denoising network and the autoencoder compute in; None for that of their weights."""
         return self.prior.autocast_dtype
 
     @autocast_dtype.setter
@@ -172,21 +172,24 @@ class LatentPrior(nn.Module):
         save_weights(path, self.network.unet.state_dict(), self.description)
 
     def _encode(self, x: Tensor, noise: Noise | None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with self._autocast(x):
             if self.enlarge > 1:
                 x = interpolate(x, scale_factor=self.enlarge, mode="nearest")
             if noise is None or self.autoencoder.family == "vq":
-                return self.scale_factor * self.autoencoder.encode(x)
-            return self.scale_factor * self.autoencoder.sample(x, noise)
+                z = self.autoencoder.encode(x)
+            else:
+                z = self.autoencoder.sample(x, noise)
+        return self.scale_factor * z.to(x.dtype)
 
     def _decode(self, z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
-            z = z / self.scale_factor
-            if self.autoencoder.family == "kl" or self.quantize:
-                x = self.autoencoder.decode(z)
-            else:
-                x = self.autoencoder.decode(z, quantize=False)
-            return x if self.enlarge == 1 else avg_pool2d(x, self.enlarge)
+        with self._autocast(z):
+            options = {} if self.autoencoder.family == "kl" or self.quantize else {"quantize": False}
+            x = self.autoencoder.decode(z / self.scale_factor, **options).to(z.dtype)
+        return x if self.enlarge == 1 else avg_pool2d(x, self.enlarge)
+
+    def _autocast(self, like: Tensor) -> torch.autocast:
+        """bfloat16 has float32's range, so that small gradients pass; images and latents keep their own type."""
+        return torch.autocast(like.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
 
 class Pass(nn.Module):
