@@ -5,7 +5,10 @@
 #                                                                    super_resolution model.omega 1,2,4
 #   bash benchmarks/table_faces64.sh tune_lambda FORM SAMPLER TASK VALUES   the weight of EquiReg (or KEY=VALUES), val faces
 #   bash benchmarks/table_faces64.sh row FORM SAMPLER [TASK ...]     test faces, all five tasks unless some are named
-#   bash benchmarks/table_faces64.sh tables                          docs/table_faces64.md, docs/equi_faces64/, docs/tuning_faces64/
+#   bash benchmarks/table_faces64.sh tables                          docs/table_faces64.md, docs/equi_faces64/ of all rows so far
+#
+# A finished row's metrics.csv is kept in benchmarks/results/faces64/TASK/FORM/SAMPLER: `cli.py compare` puts a run of
+# your own sampler on the same faces beside it.
 #
 # SAMPLER is the beginning of a file's name in configs/sampler/faces64, or measurement_baseline, or linear_mmse.
 # FORM is base, equi, equicon, or more: the base sampler with as many more steps as its Equi form takes time, from files
@@ -15,6 +18,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 ROOT=${ROOT:-runs/table_faces64}
+RESULTS=benchmarks/results/faces64
 COUNT=${COUNT:-50}
 TASKS="super_resolution gaussian_deblur motion_deblur random_inpainting box_inpainting"
 LATENT="psld resample latent_daps"
@@ -42,34 +46,40 @@ experiment() {  # FORM SAMPLER TASK: the options of one experiment, in ARGUMENTS
   if [[ "$form" == equi* ]]; then file=$(equi_file "$form" "$sampler" "$task") || return 1; arguments+=(-c "$file"); fi
 }
 
+keep_search() {  # NAME: the table of a search
+  mkdir -p docs/tuning_faces64
+  cp "$ROOT/tuning/$1/sweep.md" "docs/tuning_faces64/$1.md"
+}
+
 what=${1:-help}
 case $what in
   tune)
     experiment base "$2" "$3"
-    $PYTHON cli.py sweep --name "tuning/$2_$3_${4##*.}" "${val[@]}" "${arguments[@]}" "${common[@]}" --over "$4=$5" ;;
+    $PYTHON cli.py sweep --name "tuning/$2_$3_${4##*.}" "${val[@]}" "${arguments[@]}" "${common[@]}" --over "$4=$5"
+    keep_search "$2_$3_${4##*.}" ;;
   tune_lambda)
     experiment "$2" "$3" "$4"
     values=$5; [[ "$values" == *=* ]] || values="trainer.callbacks.weight=0,$5"
-    $PYTHON cli.py sweep --name "tuning/$2_$3_$4" "${val[@]}" "${arguments[@]}" "${common[@]}" --over "$values" ;;
+    $PYTHON cli.py sweep --name "tuning/$2_$3_$4" "${val[@]}" "${arguments[@]}" "${common[@]}" --over "$values"
+    keep_search "$2_$3_$4" ;;
   row)
     form=$2 sampler=$3; shift 3
     for task in ${*:-$TASKS}; do
       experiment "$form" "$sampler" "$task" || { echo "$form $sampler: no configuration for $task"; continue; }
       $PYTHON cli.py predict -c configs/data/faces64.yaml "${arguments[@]}" "${common[@]}" --data.limit="$COUNT" \
         --name="$task/$form/$sampler"
+      mkdir -p "$RESULTS/$task/$form/$sampler"
+      cp "$ROOT/$task/$form/$sampler/metrics.csv" "$RESULTS/$task/$form/$sampler/"
     done ;;
   tables)
-    mkdir -p docs/tuning_faces64 docs/equi_faces64
-    for folder in "$ROOT"/tuning/*/; do
-      [ -f "$folder/sweep.md" ] && cp "$folder/sweep.md" "docs/tuning_faces64/$(basename "$folder").md"
-    done
+    mkdir -p docs/equi_faces64
     table() {  # OUTPUT TITLE FORM/SAMPLER...: one block per task
       local output=$1 title=$2 runs=() names=() groups=() present; shift 2
       for task in $TASKS; do
         present=
         for row in "$@"; do
-          [ -f "$ROOT/$task/$row/metrics.csv" ] || continue
-          runs+=("$ROOT/$task/$row") present=yes
+          [ -f "$RESULTS/$task/$row/metrics.csv" ] || continue
+          runs+=("$RESULTS/$task/$row") present=yes
           case $row in base/*) names+=("${row#*/}") ;; *) names+=("${row%%/*} ${row#*/}") ;; esac
         done
         [ -n "$present" ] && groups+=("${task//_/ }")
@@ -83,5 +93,5 @@ case $what in
     for sampler in $LATENT $PIXEL; do  # each against its base, the reference of the differences
       table "docs/equi_faces64/$sampler" "64x64 faces, EquiReg in $sampler" base/$sampler more/$sampler equi/$sampler equicon/$sampler
     done ;;
-  *) sed -n 2,14p "$0"; exit 2 ;;
+  *) sed -n 2,17p "$0"; exit 2 ;;
 esac
