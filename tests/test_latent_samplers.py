@@ -125,7 +125,10 @@ def test_psld_follows_the_data(images: Tensor) -> None:
 def test_a_step_of_psld_is_no_longer_than_its_limit(images: Tensor) -> None:
     """Without weights z_t follows the chain alone: what a limited guidance adds to its first step is known in size."""
     limit, latent_prior, latents = 0.01, make_latent_prior(), {}
-    for name, options in {"chain": {"omega": 0.0, "gamma": 0.0}, "limited": {"omega": 50.0, "step_limit": limit}}.items():
+    for name, options in {
+        "chain": {"omega": 0.0, "gamma": 0.0},
+        "limited": {"omega": 50.0, "step_limit": limit},
+    }.items():
         module = PSLD(latent_prior, SuperResolution(4), num_steps=2, **options)
         seen = []
         handle = latent_prior.network.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
