@@ -29,7 +29,12 @@ val=(-c configs/data/faces64_val.yaml "--data.indices=[$(seq -s, 0 $((935 / sear
 common=(--data.batch_size=25 --trainer.devices=1 --trainer.precision=bf16-mixed --root="$ROOT")
 
 first() { for file in "$@"; do [ -f "$file" ] && { echo "$file"; return; }; done; return 1; }
-sampler_file() { first "configs/sampler/faces64/$1_$2.yaml" "configs/sampler/faces64/$1.yaml" "configs/sampler/$1.yaml"; }
+sampler_file() {
+  case $1 in
+    measurement_baseline|linear_mmse) echo "configs/sampler/$1.yaml" ;;
+    *) first "configs/sampler/faces64/$1_$2.yaml" "configs/sampler/faces64/$1.yaml" ;;
+  esac
+}
 equi_file() {
   local infix=$([ "$1" = equicon ] && echo _equicon || echo "")
   first "configs/equireg/faces64/$2${infix}_$3.yaml" "configs/equireg/faces64/$2$infix.yaml"
@@ -46,9 +51,8 @@ experiment() {  # FORM SAMPLER TASK: the options of one experiment, in ARGUMENTS
   if [[ "$form" == equi* ]]; then file=$(equi_file "$form" "$sampler" "$task") || return 1; arguments+=(-c "$file"); fi
 }
 
-keep_search() {  # NAME: the table of a search
-  mkdir -p docs/tuning_faces64
-  cp "$ROOT/tuning/$1/sweep.md" "docs/tuning_faces64/$1.md"
+keep() {  # FILE COPY: what was made, if it was
+  [ ! -f "$1" ] || install -D -m 644 "$1" "$2"
 }
 
 what=${1:-help}
@@ -56,20 +60,19 @@ case $what in
   tune)
     experiment base "$2" "$3"
     $PYTHON cli.py sweep --name "tuning/$2_$3_${4##*.}" "${val[@]}" "${arguments[@]}" "${common[@]}" --over "$4=$5"
-    keep_search "$2_$3_${4##*.}" ;;
+    keep "$ROOT/tuning/$2_$3_${4##*.}/sweep.md" "docs/tuning_faces64/$2_$3_${4##*.}.md" ;;
   tune_lambda)
     experiment "$2" "$3" "$4"
     values=$5; [[ "$values" == *=* ]] || values="trainer.callbacks.weight=0,$5"
     $PYTHON cli.py sweep --name "tuning/$2_$3_$4" "${val[@]}" "${arguments[@]}" "${common[@]}" --over "$values"
-    keep_search "$2_$3_$4" ;;
+    keep "$ROOT/tuning/$2_$3_$4/sweep.md" "docs/tuning_faces64/$2_$3_$4.md" ;;
   row)
     form=$2 sampler=$3; shift 3
     for task in ${*:-$TASKS}; do
       experiment "$form" "$sampler" "$task" || { echo "$form $sampler: no configuration for $task"; continue; }
       $PYTHON cli.py predict -c configs/data/faces64.yaml "${arguments[@]}" "${common[@]}" --data.limit="$COUNT" \
         --name="$task/$form/$sampler"
-      mkdir -p "$RESULTS/$task/$form/$sampler"
-      cp "$ROOT/$task/$form/$sampler/metrics.csv" "$RESULTS/$task/$form/$sampler/"
+      keep "$ROOT/$task/$form/$sampler/metrics.csv" "$RESULTS/$task/$form/$sampler/metrics.csv"
     done ;;
   tables)
     mkdir -p docs/equi_faces64

@@ -7,7 +7,7 @@
 #   bash benchmarks/table_pde.sh tune_lambda PDE TASK STEPS GROUP "0.03,0.1,0.3"   Equi-FunDPS: rho of lambda = rho weight
 #   bash benchmarks/table_pde.sh tune_pigdm_lambda PDE TASK STEPS GROUP "10,30"    Equi-FieldPiGDM: lambda
 #   bash benchmarks/table_pde.sh rows PDE TASK STEPS MORE COUNT                    on COUNT test fields; ONLY="..." some
-#   bash benchmarks/table_pde.sh tables                                            docs/table_pde_*.md, docs/tuning_pde/
+#   bash benchmarks/table_pde.sh tables                                            docs/table_pde_*.md of all rows so far
 #
 # PDE is helmholtz or navier_stokes, TASK forward, inverse or inverse_12percent, GROUP exact or flip; MORE are the steps
 # of FunDPS that take as long as 100 of Equi-FunDPS. TEMPERATURE=0 searches for FunDPS at temperature 0. What is chosen
@@ -17,6 +17,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 ROOT=${ROOT:-runs/table_pde}
+RESULTS=benchmarks/results/fields64 # the metrics of finished rows are kept there: tables, and comparisons with your own
 DATA=${DATA:-data/pde}              # what is not there is generated as for the trainings
 PRECISION=${PRECISION:-bf16-mixed}  # of the networks of priors alone: samplers are float64, FNOs float32
 BATCH=${BATCH:-16}
@@ -53,8 +54,13 @@ scaled() { # FACTOR "1,2,4"
     for (i = 1; i <= n; i++) printf("%s%g", (i > 1) ? "," : "", factor * v[i])
   }'
 }
+keep() { # FILE COPY: what was made, if it was
+  [ ! -f "$1" ] || install -D -m 644 "$1" "$2"
+}
 sweep() { # KIND FOLDER OPTION...: the best setting is that of the least relative L2
-  $PYTHON cli.py sweep --name "$1/${pde}_${task}_$2" --metric relative_l2 "${val[@]}" "${@:3}" "${common[@]}"
+  local name=${pde}_${task}_$2
+  $PYTHON cli.py sweep --name "$1/$name" --metric relative_l2 "${val[@]}" "${@:3}" "${common[@]}"
+  keep "$ROOT/$1/$name/sweep.md" "docs/tuning_pde/$1_$name.md"
 }
 
 case $what in
@@ -111,24 +117,19 @@ case $what in
       [[ $name == equi_* ]] || row+=(-c "$equireg/measure.yaml")
       $PYTHON cli.py predict "${data[@]}" "${row[@]}" "${common[@]}" --data.limit="$count" \
         --name="$pde/$task/${steps}_$name"
+      keep "$ROOT/$pde/$task/${steps}_$name/metrics.csv" "$RESULTS/$pde/$task/${steps}_$name/metrics.csv"
     done ;;
   tables)
-    mkdir -p docs/tuning_pde
-    for kind in weight zeta ridge lambda pigdm_lambda; do
-      for folder in "$ROOT/$kind"/*/; do
-        [ ! -f "$folder/sweep.md" ] || cp "$folder/sweep.md" "docs/tuning_pde/${kind}_$(basename "$folder").md"
-      done
-    done
     linear="linear_mmse linear_mmse_fno linear_mmse_solver"
     table() { # STEM TITLE STEPS TASKS REFERENCE OTHERS: a block per problem whose reference was run
       runs=() names=() blocks=()
       for pde in helmholtz navier_stokes; do
         for task in $4; do
-          [ -f "$ROOT/$pde/$task/$3_$5/metrics.csv" ] || continue
+          [ -f "$RESULTS/$pde/$task/$3_$5/metrics.csv" ] || continue
           blocks+=("${pde//_/ }, ${task//_/ }")
           for name in $5 $6; do
-            [ -f "$ROOT/$pde/$task/$3_$name/metrics.csv" ] || continue
-            runs+=("$ROOT/$pde/$task/$3_$name") names+=("$name")
+            [ -f "$RESULTS/$pde/$task/$3_$name/metrics.csv" ] || continue
+            runs+=("$RESULTS/$pde/$task/$3_$name") names+=("$name")
           done
         done
       done

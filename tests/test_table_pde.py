@@ -1,12 +1,13 @@
 """The script of the table of fields composes configurations that exist, one per setting."""
 
-import os
 import re
-import subprocess
+from functools import partial
 
 import pytest
 import yaml
 
+from tests import benchmark_scripts
+from tests.benchmark_scripts import files
 from tests.golden import ROOT
 
 PDES = ("helmholtz", "navier_stokes")
@@ -20,16 +21,7 @@ SEARCHES = {
 }
 
 
-def commands(*arguments: str, **settings: str) -> list[str]:
-    """What the script would run."""
-    script = ["bash", str(ROOT / "benchmarks/table_pde.sh"), *map(str, arguments)]
-    done = subprocess.run(script, env=os.environ | {"PYTHON": "echo"} | settings, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def files(command: str) -> list[str]:
-    return re.findall(r"-c (\S+)", command)
+commands = partial(benchmark_scripts.commands, "table_pde.sh")
 
 
 @pytest.mark.parametrize("pde", PDES)
