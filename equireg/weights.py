@@ -49,13 +49,15 @@ def load_weights(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
         ValueError: if it is not safetensors, is truncated, has no description or holds another kind of weights.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
+    if path.suffix not in (".safetensors", ""):
         raise ValueError(
-            f"weights={str(path)!r} must be a .safetensors file; pickles can run code and are never loaded"
+            f"weights={str(path)!r} must be a .safetensors file; pickles can run code and are never loaded, "
+            "`cli.py checkpoint convert` reads published ones without that"
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights={str(path)!r} does not exist; train them with `fit` or ask for 'random' by name"
+            f"weights={str(path)!r} does not exist; train them with `fit`, convert published ones with "
+            "`cli.py checkpoint convert`, or ask for 'random' by name"
         )
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,6 +1,7 @@
 """Published pickles are read without running anything of them; the conversion says what it made."""
 
 import io
+import json
 import os
 import pickle
 import sys
@@ -10,13 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 import cli
+from equireg.autoencoder import Autoencoder
 from equireg.checkpoints import read_edm_pickle
-from equireg.priors import EDMPrior
+from equireg.checkpoints.convert_diffusion import build
+from equireg.checkpoints.convert_unet import convert_unet
+from equireg.commands.checkpoint import checkpoint_command
+from equireg.priors import EDMPrior, LatentPrior, VPPrior
 from equireg.priors.edm_networks import SongUNet
 
 KWARGS = {
@@ -238,3 +245,181 @@ def test_a_missing_checkpoint_or_a_wrong_name_is_one_sentence(tmp_path: Path, ca
     assert "no.pkl' does not exist" in capsys.readouterr().err
     assert cli.main([*missing, str(tmp_path / "out.pt"), "--pde", "helmholtz"]) == 1
     assert "must end in .safetensors" in capsys.readouterr().err
+
+
+def random_layer(name: str, *shape: int) -> dict[str, Tensor]:
+    return {f"{name}.weight": 0.1 * torch.randn(shape), f"{name}.bias": 0.1 * torch.randn(shape[:1])}
+
+
+def official_unet(width: int = 32) -> dict[str, Tensor]:
+    """A network of guided diffusion with one level of one block, by its official names."""
+
+    def residual(name: str, width_in: int) -> dict[str, Tensor]:
+        skip = random_layer(f"{name}.skip_connection", width, width_in, 1, 1) if width_in != width else {}
+        return (
+            random_layer(f"{name}.in_layers.0", width_in)
+            | random_layer(f"{name}.in_layers.2", width, width_in, 3, 3)
+            | random_layer(f"{name}.emb_layers.1", 2 * width, 4 * width)
+            | random_layer(f"{name}.out_layers.0", width)
+            | random_layer(f"{name}.out_layers.3", width, width, 3, 3)
+            | skip
+        )
+
+    return (
+        random_layer("time_embed.0", 4 * width, width)
+        | random_layer("time_embed.2", 4 * width, 4 * width)
+        | random_layer("input_blocks.0.0", width, 1, 3, 3)
+        | residual("input_blocks.1.0", width)
+        | residual("middle_block.0", width)
+        | random_layer("middle_block.1.norm", width)
+        | random_layer("middle_block.1.qkv", 3 * width, width, 1)
+        | random_layer("middle_block.1.proj_out", width, width, 1)
+        | residual("middle_block.2", width)
+        | residual("output_blocks.0.0", 2 * width)
+        | residual("output_blocks.1.0", 2 * width)
+        | random_layer("out.0", width)
+        | random_layer("out.2", 2, width, 3, 3)
+    )
+
+
+def official_vq(width: int = 32) -> dict[str, Tensor]:
+    """A first stage of latent diffusion with one level, latents of one channel and eight codes."""
+
+    def residual(name: str) -> dict[str, Tensor]:
+        norms = random_layer(f"{name}.norm1", width) | random_layer(f"{name}.norm2", width)
+        convolutions = (random_layer(f"{name}.conv{i}", width, width, 3, 3) for i in (1, 2))
+        return norms | next(convolutions) | next(convolutions)
+
+    def half(name: str, blocks: list[str], channels_in: int, channels_out: int) -> dict[str, Tensor]:
+        state = random_layer(f"{name}.conv_in", width, channels_in, 3, 3)
+        for block in (*blocks, "mid.block_1", "mid.block_2"):
+            state |= residual(f"{name}.{block}")
+        for part in ("q", "k", "v", "proj_out"):
+            state |= random_layer(f"{name}.mid.attn_1.{part}", width, width, 1, 1)
+        state |= random_layer(f"{name}.mid.attn_1.norm", width) | random_layer(f"{name}.norm_out", width)
+        return state | random_layer(f"{name}.conv_out", channels_out, width, 3, 3)
+
+    return (
+        half("encoder", ["down.0.block.0"], 1, 1)
+        | half("decoder", ["up.0.block.0", "up.0.block.1"], 1, 1)
+        | random_layer("quant_conv", 1, 1, 1, 1)
+        | random_layer("post_quant_conv", 1, 1, 1, 1)
+        | {"quantize.embedding.weight": torch.randn(8, 1)}
+    )
+
+
+def convert(tmp_path: Path, content: object, *options: str, name: str = "network.pt") -> Path:
+    """What the command makes of a file with this content."""
+    torch.save(content, tmp_path / name)
+    assert checkpoint_command(["convert", str(tmp_path / name), str(tmp_path / "converted"), *options]) == 0
+    return tmp_path / "converted"
+
+
+def test_a_published_unet_becomes_a_prior(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = convert(tmp_path, official_unet(), "--image-size", "8", "--head-channels", "16")
+    assert "UNet2DModel" in capsys.readouterr().out
+    prior = VPPrior(str(folder), variance="learned_range")
+    assert prior.image_shape == (1, 8, 8)
+    assert prior.network(torch.zeros(2, 1, 8, 8), torch.tensor([3, 700])).isfinite().all()
+    assert json.loads((folder / "provenance.json").read_text())["source"] == "network.pt"
+
+
+def test_a_published_latent_diffusion_becomes_a_latent_prior(tmp_path: Path) -> None:
+    """Averaged weights are written where all of them are there; a training loss beside the autoencoder is dropped."""
+    unet, vq = official_unet(), official_vq() | {"loss.discriminator.weight": torch.ones(1)}
+    unet |= random_layer("out.2", 1, 32, 3, 3)
+    state = {f"model.diffusion_model.{k}": v for k, v in unet.items()}
+    state |= {f"model_ema.diffusion_model{k.replace('.', '')}": 2 * v for k, v in unet.items()}
+    state |= {f"first_stage_model.{k}": v for k, v in vq.items()} | {"betas": torch.zeros(1000)}
+    folder = convert(tmp_path, {"state_dict": state}, "--image-size", "8", "--head-channels", "16", name="model.ckpt")
+    assert sorted(path.name for path in folder.iterdir()) == ["unet", "unet_ema", "vqvae"]
+    raw, averaged = (VPPrior(str(folder / name)) for name in ("unet", "unet_ema"))
+    for name, value in raw.network.unet.state_dict().items():
+        torch.testing.assert_close(averaged.network.unet.state_dict()[name], 2 * value)
+    latent = LatentPrior(averaged, Autoencoder(str(folder / "vqvae")))
+    assert latent.image_shape == (1, 8, 8)
+    assert latent.decode(latent.encode(torch.zeros(1, 1, 8, 8))).isfinite().all()
+    alone = tmp_path / "alone"
+    assert checkpoint_command(["convert", str(tmp_path / "model.ckpt"), str(alone), "--first-stage"]) == 0
+    assert Autoencoder(str(alone)).family == "vq"
+
+
+@torch.no_grad()
+def test_the_order_of_the_attention_is_what_it_is_said_to_be(tmp_path: Path) -> None:
+    """The rows of q, k and v put head by head by hand give the network that the other order gives."""
+    new = official_unet()
+    legacy = dict(new)
+    for part in ("weight", "bias"):
+        rows = new[f"middle_block.1.qkv.{part}"]
+        q, k, v = (heads.chunk(2) for heads in rows.chunk(3))
+        legacy[f"middle_block.1.qkv.{part}"] = torch.cat([q[0], k[0], v[0], q[1], k[1], v[1]])
+    results = []
+    for order, state in (("new", new), ("legacy", legacy), ("legacy", new)):
+        config, converted = convert_unet(state, 8, 16, order)
+        network = build(UNet2DModel, config, converted)
+        results.append(network(torch.ones(1, 1, 8, 8), torch.tensor([5])).sample)
+    torch.testing.assert_close(results[0], results[1])
+    assert (results[0] - results[2]).abs().max() > 1e-4
+
+
+def test_what_a_trainer_leaves_in_a_checkpoint_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    content = {"state_dict": official_unet(), "callbacks": {module.ModelCheckpoint: {"best": np.float64(0.5)}}}
+    folder = convert(tmp_path, content, "--image-size", "8", "--head-channels", "16", name="model.ckpt")
+    assert (folder / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"extra.weight": torch.ones(1)}, [], "1 tensors have no place, 'extra.weight' among them"),
+        ({"out.2.weight": None}, [], "the tensor 'out.2.weight' is missing"),
+        ({"middle_block.1.transformer_blocks.0.weight": torch.ones(1)}, [], r"it is conditional \(cross-attention\)"),
+        ({"time_embed.0.weight": torch.ones(128, 64)}, [], "not as wide as the time embedding"),
+        ({}, ["--head-channels", "24"], r"head_channels=24 must divide the widths of the attention, \[32\]"),
+        ({}, ["--first-stage"], "it holds no autoencoder"),
+        ({}, ["--pde", "helmholtz"], r"--pde helmholtz is for \.pkl files"),
+    ],
+    ids=str,
+)
+def test_another_network_is_refused_and_nothing_is_written(
+    change: dict[str, Tensor | None], options: list[str], message: str, tmp_path: Path
+) -> None:
+    state = {name: value for name, value in (official_unet() | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path, state, "--head-channels", "16", *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["network.pt"]
+
+
+def test_a_file_that_asks_for_more_than_tensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"network\.pt' is refused: it asks for \w+\.system; nothing of it was run"):
+        convert(tmp_path, {"state_dict": Call(os.system, f"touch {tmp_path}/run")})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"no checkpoint", "damaged or no file of torch.save"), (None, "does not exist"), ([1, 2], "no tensors by name")],
+    ids=str,
+)
+def test_a_file_without_tensors_is_refused(content: object, message: str, tmp_path: Path) -> None:
+    source = tmp_path / "network.pt"
+    if isinstance(content, bytes):
+        source.write_bytes(content)
+    elif content is not None:
+        torch.save(content, source)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        checkpoint_command(["convert", str(source), str(tmp_path / "converted")])
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "converted").mkdir()
+    with pytest.raises(ValueError, match="exists already; nothing is overwritten"):
+        convert(tmp_path, official_unet())
+
+
+def test_a_pickle_needs_its_equation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--pde is missing"):
+        checkpoint_command(["convert", str(tmp_path / "network.pkl"), str(tmp_path / "prior.safetensors")])
