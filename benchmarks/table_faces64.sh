@@ -51,8 +51,13 @@ experiment() {  # FORM SAMPLER TASK: the options of one experiment, in ARGUMENTS
   if [[ "$form" == equi* ]]; then file=$(equi_file "$form" "$sampler" "$task") || return 1; arguments+=(-c "$file"); fi
 }
 
-keep() {  # FILE COPY: what was made, if it was
-  [ ! -f "$1" ] || install -D -m 644 "$1" "$2"
+keep() {  # FILE COPY: what was made, unless the copy is of more samples
+  [ -f "$1" ] || return 0
+  if [ -f "$2" ] && [ "$(wc -l < "$1")" -lt "$(wc -l < "$2")" ]; then
+    echo "$2 has more lines than $1 and stays as it is" >&2
+  else
+    install -D -m 644 "$1" "$2"
+  fi
 }
 
 what=${1:-help}

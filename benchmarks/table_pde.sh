@@ -54,8 +54,13 @@ scaled() { # FACTOR "1,2,4"
     for (i = 1; i <= n; i++) printf("%s%g", (i > 1) ? "," : "", factor * v[i])
   }'
 }
-keep() { # FILE COPY: what was made, if it was
-  [ ! -f "$1" ] || install -D -m 644 "$1" "$2"
+keep() { # FILE COPY: what was made, unless the copy is of more samples
+  [ -f "$1" ] || return 0
+  if [ -f "$2" ] && [ "$(wc -l < "$1")" -lt "$(wc -l < "$2")" ]; then
+    echo "$2 has more lines than $1 and stays as it is" >&2
+  else
+    install -D -m 644 "$1" "$2"
+  fi
 }
 sweep() { # KIND FOLDER OPTION...: the best setting is that of the least relative L2
   local name=${pde}_${task}_$2

@@ -67,6 +67,13 @@ def test_the_metrics_of_a_finished_row_are_kept(tmp_path: Path) -> None:
     made = tmp_path / "runs/table_faces64/box_inpainting/equi/psld/metrics.csv"
     made.parent.mkdir(parents=True)
     made.write_text("index\n0\n")
-    benchmark_scripts.commands(tmp_path / "benchmarks/table_faces64.sh", "row", "equi", "psld", "box_inpainting")
+    row = (tmp_path / "benchmarks/table_faces64.sh", "row", "equi", "psld", "box_inpainting")
+    benchmark_scripts.commands(*row)
     kept = tmp_path / "benchmarks/results/faces64/box_inpainting/equi/psld/metrics.csv"
-    assert kept.read_text() == made.read_text()
+    assert kept.read_text() == "index\n0\n"
+    made.write_text("index\n0\n1\n")
+    benchmark_scripts.commands(*row)
+    assert kept.read_text() == "index\n0\n1\n"
+    made.write_text("index\n0\n")
+    benchmark_scripts.commands(*row)
+    assert kept.read_text() == "index\n0\n1\n", "a try on fewer faces does not replace the row"
