@@ -4,7 +4,8 @@
 #   bash benchmarks/table_faces64.sh tune SAMPLER TASK KEY VALUES    an option of the sampler, val faces: tune psld
 #                                                                    super_resolution model.omega 1,2,4
 #   bash benchmarks/table_faces64.sh tune_lambda FORM SAMPLER TASK VALUES   the weight of EquiReg (or KEY=VALUES), val faces
-#   bash benchmarks/table_faces64.sh row FORM SAMPLER [TASK ...]     test faces, all five tasks unless some are named
+#   bash benchmarks/table_faces64.sh row FORM SAMPLER [TASK ...]     test faces, the five linear tasks unless some are named;
+#                                                                    nonlinear: hdr, phase_retrieval (COUNT=20)
 #   bash benchmarks/table_faces64.sh tables                          docs/table_faces64.md, docs/equi_faces64/ of all rows so far
 #
 # A finished row's metrics.csv is kept in benchmarks/results/faces64/TASK/FORM/SAMPLER: `cli.py compare` puts a run of
@@ -21,6 +22,7 @@ ROOT=${ROOT:-runs/table_faces64}
 RESULTS=benchmarks/results/faces64
 COUNT=${COUNT:-50}
 TASKS="super_resolution gaussian_deblur motion_deblur random_inpainting box_inpainting"
+NONLINEAR="hdr phase_retrieval"
 LATENT="psld resample latent_daps"
 PIXEL="dps mcg ddrm diffpir mpgd mpgd_ae sitcom daps"
 
@@ -83,7 +85,7 @@ case $what in
     mkdir -p docs/equi_faces64
     table() {  # OUTPUT TITLE FORM/SAMPLER...: one block per task
       local output=$1 title=$2 runs=() names=() groups=() present; shift 2
-      for task in $TASKS; do
+      for task in $TASKS $NONLINEAR; do
         present=
         for row in "$@"; do
           [ -f "$RESULTS/$task/$row/metrics.csv" ] || continue
@@ -101,5 +103,5 @@ case $what in
     for sampler in $LATENT $PIXEL; do  # each against its base, the reference of the differences
       table "docs/equi_faces64/$sampler" "64x64 faces, EquiReg in $sampler" base/$sampler more/$sampler equi/$sampler equicon/$sampler
     done ;;
-  *) sed -n 2,17p "$0"; exit 2 ;;
+  *) sed -n 2,18p "$0"; exit 2 ;;
 esac

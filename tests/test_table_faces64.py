@@ -29,6 +29,23 @@ def test_every_task_of_a_sampler_is_a_composition_of_files_that_exist(sampler: s
     assert all((ROOT / file).is_file() for row in found for file in files(row))
 
 
+@pytest.mark.parametrize("sampler", ["dps", "diffpir", "mpgd", "mpgd_ae", "sitcom", "daps", "resample", "latent_daps"])
+@pytest.mark.parametrize("task", ["hdr", "phase_retrieval"])
+def test_nonlinear_tasks_are_rows_when_named(task: str, sampler: str) -> None:
+    (row,) = [line for line in commands("row", "base", sampler, task) if line.startswith("cli.py")]
+    assert f"configs/task/faces64/{task}.yaml" in files(row)
+    assert all((ROOT / file).is_file() for file in files(row))
+
+
+@pytest.mark.parametrize("sampler", PIXEL)
+@pytest.mark.parametrize("task", ["super_resolution", "random_inpainting"])
+def test_every_pixel_sampler_has_an_equi_form(task: str, sampler: str) -> None:
+    (base,) = [row for row in rows("base", sampler) if f"/{task}.yaml" in row]
+    (equi,) = [row for row in rows("equi", sampler) if f"/{task}.yaml" in row]
+    assert files(equi)[:-1] == files(base)
+    assert (ROOT / files(equi)[-1]).is_file()
+
+
 @pytest.mark.parametrize("sampler", LATENT)
 @pytest.mark.parametrize("form", ["equi", "equicon", "more"])
 def test_latent_samplers_have_every_form_for_every_task(form: str, sampler: str) -> None:
