@@ -48,7 +48,8 @@ class DiffPIR(PosteriorSampler):
         skip_type: spacing of the timesteps, ``quad`` (dense at low noise) or ``uniform`` (which has N + 1).
         guidance_scale: how far to go towards the solution of the sub-problem.
         lipschitz: bound on the squared norm of the derivative of a nonlinear operator. The published step is that of 0
-            and diverges for the small rho_t of high noise levels.
+            and diverges for the small rho_t of high noise levels. ``HighDynamicRange``: its scale squared;
+            ``PhaseRetrieval``: 1/4, since it measures (x + 1) / 2.
         return_x0: return the last x0_hat, for one more network evaluation; the published code returns x_0, which still
             carries noise of standard deviation sqrt(1 - alpha_bar_0) = 0.01.
         paste_known: put the measured pixels into the result (inpainting).
