@@ -5,7 +5,7 @@
 #                                                                    super_resolution model.omega 1,2,4
 #   bash benchmarks/table_faces64.sh tune_lambda FORM SAMPLER TASK VALUES   the weight of EquiReg (or KEY=VALUES), val faces
 #   bash benchmarks/table_faces64.sh row FORM SAMPLER [TASK ...]     test faces, the five linear tasks unless some are named;
-#                                                                    nonlinear: hdr, phase_retrieval (COUNT=20)
+#                                                                    nonlinear: hdr, phase_retrieval (docs: COUNT=25, COUNT=10)
 #   bash benchmarks/table_faces64.sh tables                          docs/table_faces64.md, docs/equi_faces64/ of all rows so far
 #
 # A finished row's metrics.csv is kept in benchmarks/results/faces64/TASK/FORM/SAMPLER: `cli.py compare` puts a run of
@@ -103,5 +103,5 @@ case $what in
     for sampler in $LATENT $PIXEL; do  # each against its base, the reference of the differences
       table "docs/equi_faces64/$sampler" "64x64 faces, EquiReg in $sampler" base/$sampler more/$sampler equi/$sampler equicon/$sampler
     done ;;
-  *) sed -n 2,18p "$0"; exit 2 ;;
+  *) sed -n '2,/^set/p' "$0" | sed '$d'; exit 2 ;;
 esac
