@@ -4,8 +4,8 @@
 #   bash benchmarks/table_pde.sh tune_weight PDE TASK STEPS "1,2,4"                FunDPS: c of weight = c sensors
 #   bash benchmarks/table_pde.sh tune_diffusion_pde PDE TASK STEPS "10,30,100"     DiffusionPDE: zeta of what is observed
 #   bash benchmarks/table_pde.sh tune_ridge PDE TASK STEPS "0.001,0.01"            FieldPiGDM
-#   bash benchmarks/table_pde.sh tune_lambda PDE TASK STEPS GROUP "0.03,0.1,0.3"   Equi-FunDPS: rho of lambda = rho weight
-#   bash benchmarks/table_pde.sh tune_pigdm_lambda PDE TASK STEPS GROUP "10,30"    Equi-FieldPiGDM: lambda
+#   bash benchmarks/table_pde.sh tune_lambda PDE TASK STEPS GROUP "0,0.1,0.3,1"   Equi-FunDPS: rho of lambda = rho weight
+#   bash benchmarks/table_pde.sh tune_pigdm_lambda PDE TASK STEPS GROUP "0,10,30"  Equi-FieldPiGDM: lambda
 #   bash benchmarks/table_pde.sh rows PDE TASK STEPS MORE COUNT                    on COUNT test fields; ONLY="..." some
 #   bash benchmarks/table_pde.sh tables                                            docs/table_pde_*.md of all rows so far
 #
@@ -85,10 +85,10 @@ case $what in
     weight=$(sed -n 's/^ *weight: *\([0-9.]*\).*/\1/p' "$sampler")
     lambdas=$(scaled "$weight" "$6")
     sweep lambda "$steps${t0}_$5" -c "$sampler" "${problem[@]}" -c "$(equi "fundps_$task$suffix$t0" "$5")" \
-      --over "trainer.callbacks.weight=0,$lambdas" "${@:7}" ;;
+      --over "trainer.callbacks.weight=$lambdas" "${@:7}" ;;
   tune_pigdm_lambda)
     sweep pigdm_lambda "${steps}_$5" -c "$samplers/field_pigdm.yaml" "${problem[@]}" --model.num_steps="$steps" \
-      -c "$(equi "field_pigdm_$direction" "$5")" --over "trainer.callbacks.weight=0,$6" "${@:7}" ;;
+      -c "$(equi "field_pigdm_$direction" "$5")" --over "trainer.callbacks.weight=$6" "${@:7}" ;;
   rows)
     more=$5 count=$6
     case ${task}_$steps in
