@@ -21,7 +21,8 @@ def test_golden_phase_retrieval(golden: Path) -> None:
     operator = PhaseRetrieval(oversampling, resolution)
     assert operator.padding(tuple(x.shape[1:])) == arrays["pad"]
     arrays.check("y", operator(x), TOLERANCE)
-    arrays.check("vjp", gradient(operator, x, v), TOLERANCE)
+    # The phase of a spectrum near 0 amplifies the rounding of the FFT, in float32 beyond 1e-5 on some processors.
+    arrays.check("vjp", gradient(operator, x.double(), v.double()), TOLERANCE)
 
     small = arrays.tensor("xs")[None]
     for name, signed in (("y_dps_crop", True), ("y_diffstategrad_crop", False)):

@@ -73,7 +73,7 @@ def test_weights_are_per_sensor_and_step_sizes_those_of_the_observed_field(argum
 def test_the_weight_of_a_penalty_is_a_share_of_the_chosen_weight() -> None:
     chosen = yaml.safe_load((ROOT / "configs/sampler/helmholtz64/fundps_forward_t0.yaml").read_text())
     weight = chosen["model"]["init_args"]["weight"]
-    (search,) = commands("tune_lambda", "helmholtz", "forward", 100, "exact", "0.1,0.5", TEMPERATURE="0")
+    (search,) = commands("tune_lambda", "helmholtz", "forward", 100, "exact", "0,0.1,0.5", TEMPERATURE="0")
     assert f"--over trainer.callbacks.weight=0,{0.1 * weight:g},{0.5 * weight:g} " in search
 
 
