@@ -142,7 +142,7 @@ case $what in
       done
       [ ${#runs[@]} -gt 0 ] || return 0
       $PYTHON cli.py compare "${runs[@]}" --names "${names[@]}" --group --group-names "${blocks[@]}" \
-        --metrics relative_l2 data_misfit network_evaluations seconds --title "$2" --output "docs/table_pde_$1"
+        --metrics relative_l2 data_misfit network_evaluations --title "$2" --output "docs/table_pde_$1"
     }
     both="forward inverse"
     table 100 "Fields from 3 % sensors, 64x64, 100 steps" 100 "$both" fundps \
