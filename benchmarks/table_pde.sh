@@ -4,7 +4,7 @@
 #   bash benchmarks/table_pde.sh tune_weight PDE TASK STEPS "1,2,4"                FunDPS: c of weight = c sensors
 #   bash benchmarks/table_pde.sh tune_diffusion_pde PDE TASK STEPS "10,30,100"     DiffusionPDE: zeta of what is observed
 #   bash benchmarks/table_pde.sh tune_ridge PDE TASK STEPS "0.001,0.01"            FieldPiGDM
-#   bash benchmarks/table_pde.sh tune_lambda PDE TASK STEPS GROUP "0,0.1,0.3,1"   Equi-FunDPS: rho of lambda = rho weight
+#   bash benchmarks/table_pde.sh tune_lambda PDE TASK STEPS GROUP "0,0.1,0.3,1"    Equi-FunDPS: rho of lambda = rho weight
 #   bash benchmarks/table_pde.sh tune_pigdm_lambda PDE TASK STEPS GROUP "0,10,30"  Equi-FieldPiGDM: lambda
 #   bash benchmarks/table_pde.sh rows PDE TASK STEPS MORE COUNT                    on COUNT test fields; ONLY="..." some
 #   bash benchmarks/table_pde.sh tables                                            docs/table_pde_*.md of all rows so far
@@ -24,7 +24,8 @@ BATCH=${BATCH:-16}
 SEARCHED=${SEARCHED:-32}            # val fields of a search, spread over the split, each with its own sensors and seed
 TEMPERATURE=${TEMPERATURE:-1}
 # glibc returns arrays of tens of megabytes to the system after every operation: the FNO took twice as long at batch 32
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000}
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000}
 
 fail() { echo "$1" >&2; exit 2; }
 what=${1:-help} pde=${2:-} task=${3:-} steps=${4:-}
