@@ -112,7 +112,7 @@ case $what in
         diffusion_pde) row=(-c "$samplers/${name}_$direction.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
         fundps) row=(-c "$(fundps "$suffix")" "${problem[@]}") ;;
         fundps_t0) row=(-c "$(fundps "${suffix}_t0")" "${problem[@]}") ;;
-        fundps_more) row=(-c "$(fundps _more)" "${problem[@]}" --model.num_steps="$more") ;;
+        fundps_more) row=(-c "$(fundps "")" "${problem[@]}" --model.num_steps="$more") ;;
         equi_fundps_t0_*)
           row=(-c "$(fundps "${suffix}_t0")" "${problem[@]}" -c "$(equi "fundps_$task${suffix}_t0" "$group")") ;;
         equi_fundps_*) row=(-c "$(fundps "$suffix")" "${problem[@]}" -c "$(equi "fundps_$task$suffix" "$group")") ;;
