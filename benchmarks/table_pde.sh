@@ -5,14 +5,14 @@
 #   bash benchmarks/table_pde.sh tune_diffusion_pde PDE TASK STEPS "10,30,100"     DiffusionPDE: zeta of what is observed
 #   bash benchmarks/table_pde.sh tune_ridge PDE TASK STEPS "0.001,0.01"            FieldPiGDM
 #   bash benchmarks/table_pde.sh tune_lambda PDE TASK STEPS GROUP "0,0.1,0.3,1"    Equi-FunDPS: rho of lambda = rho weight
-#   bash benchmarks/table_pde.sh tune_pigdm_lambda PDE TASK STEPS GROUP "0,10,30"  Equi-FieldPiGDM: lambda
 #   bash benchmarks/table_pde.sh rows PDE TASK STEPS MORE COUNT                    on COUNT test fields; ONLY="..." some
 #   bash benchmarks/table_pde.sh tables                                            docs/table_pde_*.md of all rows so far
 #
 # PDE is helmholtz or navier_stokes, TASK forward, inverse or inverse_12percent, GROUP exact or flip; MORE are the steps
-# of FunDPS that take as long as 100 of Equi-FunDPS. TEMPERATURE=0 searches for FunDPS at temperature 0. What is chosen
-# goes into configs/sampler/PDE64 and configs/equireg/PDE64 by hand, one file per setting. Further arguments of a tune
-# verb are handed to `cli.py sweep`. Runs are resumable: name the values already searched with the new ones.
+# of FunDPS that take as long as 100 of Equi-FunDPS. ONLY="..." runs some rows alone. What is chosen goes into
+# configs/sampler/PDE64 and configs/equireg/PDE64 by hand, one file per setting. Further arguments of a tune verb are
+# handed to `cli.py sweep`: `--model.weight=1000` searches lambda at another weight than that of FunDPS, which is still
+# the unit of rho. Runs are resumable: name the values already searched with the new ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -22,7 +22,6 @@ DATA=${DATA:-data/pde}              # what is not there is generated as for the 
 PRECISION=${PRECISION:-bf16-mixed}  # of the networks of priors alone: samplers are float64, FNOs float32
 BATCH=${BATCH:-16}
 SEARCHED=${SEARCHED:-32}            # val fields of a search, spread over the split, each with its own sensors and seed
-TEMPERATURE=${TEMPERATURE:-1}
 # glibc returns arrays of tens of megabytes to the system after every operation: the FNO took twice as long at batch 32
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000}
@@ -37,8 +36,6 @@ direction=${task%_12percent}
 sensors=$([ "$task" = inverse_12percent ] && echo 492 || echo 125)
 completion=linear_mmse_$([ "$direction" = inverse ] && echo fno || echo solver)
 suffix=$([ "$steps" = 100 ] && echo "" || echo "_$steps")
-[[ $TEMPERATURE == [01] ]] || fail "TEMPERATURE must be 0 or 1, not '$TEMPERATURE'"
-t0=$([ "$TEMPERATURE" = 0 ] && echo _t0 || echo "")
 
 data=(-c "configs/data/${pde}64.yaml" --data.folder="$DATA")
 pairs=$([ "$pde" = navier_stokes ] && echo 4000 || echo 8000)  # those of configs/train
@@ -74,8 +71,8 @@ sweep() { # KIND FOLDER OPTION...: the best setting is that of the least relativ
 case $what in
   tune_weight)
     weights=$(scaled "$sensors" "$5")
-    sweep weight "$steps$t0" -c "$(fundps "")" "${problem[@]}" --model.num_steps="$steps" \
-      --model.temperature="$TEMPERATURE" --over "model.weight=$weights" "${@:6}" ;;
+    sweep weight "$steps" -c "$(fundps "")" "${problem[@]}" --model.num_steps="$steps" \
+      --over "model.weight=$weights" "${@:6}" ;;
   tune_diffusion_pde)
     zeta=$([ "$direction" = inverse ] && echo zeta_u || echo zeta_a)
     sweep zeta "$steps" -c "$samplers/diffusion_pde_$direction.yaml" "${problem[@]}" --model.num_steps="$steps" \
@@ -84,24 +81,19 @@ case $what in
     sweep ridge "$steps" -c "$samplers/field_pigdm.yaml" "${problem[@]}" --model.num_steps="$steps" \
       --over "model.ridge=$5" "${@:6}" ;;
   tune_lambda)
-    sampler=$(fundps "$suffix$t0")
+    sampler=$(fundps "$suffix")
     weight=$(sed -n 's/^ *weight: *\([0-9.]*\).*/\1/p' "$sampler")
     lambdas=$(scaled "$weight" "$6")
-    sweep lambda "$steps${t0}_$5" -c "$sampler" "${problem[@]}" -c "$(equi "fundps_$task$suffix$t0" "$5")" \
+    sweep lambda "${steps}_$5" -c "$sampler" "${problem[@]}" -c "$(equi "fundps_$task$suffix" "$5")" \
       --over "trainer.callbacks.weight=$lambdas" "${@:7}" ;;
-  tune_pigdm_lambda)
-    sweep pigdm_lambda "${steps}_$5" -c "$samplers/field_pigdm.yaml" "${problem[@]}" --model.num_steps="$steps" \
-      -c "$(equi "field_pigdm_$direction" "$5")" --over "trainer.callbacks.weight=$6" "${@:7}" ;;
   rows)
     more=$5 count=$6
     case ${task}_$steps in
-      *_500) rows="fundps equi_fundps_exact equi_fundps_flip" ;;
+      *_500) rows="fundps equi_fundps_exact" ;;
       inverse_12percent_*) rows="linear_mmse $completion fundps equi_fundps_exact equi_fundps_flip field_pigdm" ;;
       *)
         rows="linear_mmse $completion diffusion_pde"
-        rows+=" fundps fundps_more equi_fundps_exact equi_fundps_flip"
-        rows+=" fundps_t0 equi_fundps_t0_exact equi_fundps_t0_flip"
-        rows+=" field_pigdm equi_field_pigdm_exact equi_field_pigdm_flip" ;;
+        rows+=" fundps fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm" ;;
     esac
     for name in ${ONLY:-$rows}; do
       group=${name##*_}
@@ -111,15 +103,10 @@ case $what in
         linear_mmse_fno) row=(-c "$samplers/$name.yaml" -c "configs/task/fields64/$task.yaml") ;;
         diffusion_pde) row=(-c "$samplers/${name}_$direction.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
         fundps) row=(-c "$(fundps "$suffix")" "${problem[@]}") ;;
-        fundps_t0) row=(-c "$(fundps "${suffix}_t0")" "${problem[@]}") ;;
+        fundps_t0) row=(-c "$(fundps "$suffix")" "${problem[@]}" --model.temperature=0) ;;
         fundps_more) row=(-c "$(fundps "")" "${problem[@]}" --model.num_steps="$more") ;;
-        equi_fundps_t0_*)
-          row=(-c "$(fundps "${suffix}_t0")" "${problem[@]}" -c "$(equi "fundps_$task${suffix}_t0" "$group")") ;;
         equi_fundps_*) row=(-c "$(fundps "$suffix")" "${problem[@]}" -c "$(equi "fundps_$task$suffix" "$group")") ;;
         field_pigdm) row=(-c "$samplers/$name.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
-        equi_field_pigdm_*)
-          row=(-c "$samplers/field_pigdm.yaml" "${problem[@]}" --model.num_steps="$steps")
-          row+=(-c "$(equi "field_pigdm_$direction" "$group")") ;;
         *) fail "row '$name' is unknown" ;;
       esac
       [[ $name == equi_* ]] || row+=(-c "$equireg/measure.yaml")
@@ -145,14 +132,9 @@ case $what in
       $PYTHON cli.py compare "${runs[@]}" --names "${names[@]}" --group --group-names "${blocks[@]}" \
         --metrics relative_l2 data_misfit network_evaluations --title "$2" --output "docs/table_pde_$1"
     }
-    both="forward inverse"
-    table 100 "Fields from 3 % sensors, 64x64, 100 steps" 100 "$both" fundps \
-      "$linear diffusion_pde fundps_more equi_fundps_exact equi_fundps_flip"
-    table 100_t0 "Fields from 3 % sensors, 64x64, 100 steps, temperature 0" 100 "$both" fundps_t0 \
-      "$linear equi_fundps_t0_exact equi_fundps_t0_flip field_pigdm"
-    table 100_pigdm "Fields from 3 % sensors, 64x64, 100 steps, pseudo-inverse guidance" 100 "$both" field_pigdm \
-      "$linear equi_field_pigdm_exact equi_field_pigdm_flip"
-    table 500 "Fields from 3 % sensors, 64x64, 500 steps" 500 inverse fundps "equi_fundps_exact equi_fundps_flip"
+    table 100 "Fields from 3 % sensors, 64x64, 100 steps" 100 "forward inverse" fundps \
+      "$linear diffusion_pde fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm"
+    table 500 "Fields from 3 % sensors, 64x64, 500 steps" 500 inverse fundps equi_fundps_exact
     table 12percent "Fields from 12 % sensors, 64x64, 100 steps" 100 inverse_12percent fundps \
       "$linear equi_fundps_exact equi_fundps_flip field_pigdm" ;;
   *) sed -n '2,/^set/p' "$0" | sed '$d'; exit 2 ;;
