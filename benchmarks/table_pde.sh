@@ -9,10 +9,10 @@
 #   bash benchmarks/table_pde.sh tables                                            docs/table_pde_*.md of all rows so far
 #
 # PDE is helmholtz or navier_stokes, TASK forward, inverse or inverse_12percent, GROUP exact or flip; MORE are the steps
-# of FunDPS that take as long as 100 of Equi-FunDPS. ONLY="..." runs some rows alone. What is chosen goes into
-# configs/sampler/PDE64 and configs/equireg/PDE64 by hand, one file per setting. Further arguments of a tune verb are
-# handed to `cli.py sweep`: `--model.weight=1000` searches lambda at another weight than that of FunDPS, which is still
-# the unit of rho. Runs are resumable: name the values already searched with the new ones.
+# of FunDPS that take as long as 100 of Equi-FunDPS. What is chosen goes into configs/sampler/PDE64 and
+# configs/equireg/PDE64 by hand, one file per setting. Further arguments of a tune verb are handed to `cli.py sweep`:
+# `--model.weight=1000` searches lambda at another weight than that of FunDPS, which is still the unit of rho. Runs are
+# resumable: name the values already searched with the new ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -46,8 +46,9 @@ problem=(-c "configs/prior/${pde}64.yaml" -c "configs/task/fields64/$task.yaml")
 samplers=configs/sampler/${pde}64
 equireg=configs/equireg/${pde}64
 
-fundps() { echo "$samplers/fundps_$task$1.yaml"; }
-equi() { echo "$equireg/$1$([ "$2" = exact ] && echo "" || echo "_$2").yaml"; } # STEM GROUP
+of_100=$samplers/fundps_$task.yaml
+fundps=$samplers/fundps_$task$suffix.yaml
+equi() { echo "$equireg/fundps_$task$suffix$([ "$1" = exact ] && echo "" || echo "_$1").yaml"; } # GROUP
 scaled() { # FACTOR "1,2,4"
   awk -v factor="$1" -v list="$2" 'BEGIN {
     n = split(list, v, ",")
@@ -71,7 +72,7 @@ sweep() { # KIND FOLDER OPTION...: the best setting is that of the least relativ
 case $what in
   tune_weight)
     weights=$(scaled "$sensors" "$5")
-    sweep weight "$steps" -c "$(fundps "")" "${problem[@]}" --model.num_steps="$steps" \
+    sweep weight "$steps" -c "$of_100" "${problem[@]}" --model.num_steps="$steps" \
       --over "model.weight=$weights" "${@:6}" ;;
   tune_diffusion_pde)
     zeta=$([ "$direction" = inverse ] && echo zeta_u || echo zeta_a)
@@ -81,10 +82,9 @@ case $what in
     sweep ridge "$steps" -c "$samplers/field_pigdm.yaml" "${problem[@]}" --model.num_steps="$steps" \
       --over "model.ridge=$5" "${@:6}" ;;
   tune_lambda)
-    sampler=$(fundps "$suffix")
-    weight=$(sed -n 's/^ *weight: *\([0-9.]*\).*/\1/p' "$sampler")
+    weight=$(sed -n 's/^ *weight: *\([0-9.]*\).*/\1/p' "$fundps")
     lambdas=$(scaled "$weight" "$6")
-    sweep lambda "${steps}_$5" -c "$sampler" "${problem[@]}" -c "$(equi "fundps_$task$suffix" "$5")" \
+    sweep lambda "${steps}_$5" -c "$fundps" "${problem[@]}" -c "$(equi "$5")" \
       --over "trainer.callbacks.weight=$lambdas" "${@:7}" ;;
   rows)
     more=$5 count=$6
@@ -96,16 +96,15 @@ case $what in
         rows+=" fundps fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm" ;;
     esac
     for name in ${ONLY:-$rows}; do
-      group=${name##*_}
       case $name in # every run names its sampler first, and a regulariser last: one of weight 0 measures
         linear_mmse) row=(-c configs/sampler/fields/linear_mmse.yaml -c "configs/task/fields64/$task.yaml") ;;
         linear_mmse_solver) row=(-c configs/sampler/fields/$name.yaml -c "configs/task/fields64/$task.yaml") ;;
         linear_mmse_fno) row=(-c "$samplers/$name.yaml" -c "configs/task/fields64/$task.yaml") ;;
         diffusion_pde) row=(-c "$samplers/${name}_$direction.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
-        fundps) row=(-c "$(fundps "$suffix")" "${problem[@]}") ;;
-        fundps_t0) row=(-c "$(fundps "$suffix")" "${problem[@]}" --model.temperature=0) ;;
-        fundps_more) row=(-c "$(fundps "")" "${problem[@]}" --model.num_steps="$more") ;;
-        equi_fundps_*) row=(-c "$(fundps "$suffix")" "${problem[@]}" -c "$(equi "fundps_$task$suffix" "$group")") ;;
+        fundps) row=(-c "$fundps" "${problem[@]}") ;;
+        fundps_t0) row=(-c "$fundps" "${problem[@]}" --model.temperature=0) ;;
+        fundps_more) row=(-c "$of_100" "${problem[@]}" --model.num_steps="$more") ;;
+        equi_fundps_*) row=(-c "$fundps" "${problem[@]}" -c "$(equi "${name##*_}")") ;;
         field_pigdm) row=(-c "$samplers/$name.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
         *) fail "row '$name' is unknown" ;;
       esac
