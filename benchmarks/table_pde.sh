@@ -48,6 +48,9 @@ equireg=configs/equireg/${pde}64
 
 of_100=$samplers/fundps_$task.yaml
 fundps=$samplers/fundps_$task$suffix.yaml
+beside() { # GROUP: FunDPS at the weight that it has beside the penalty, where that is another one
+  [ -f "${fundps%.yaml}_$1.yaml" ] && echo "${fundps%.yaml}_$1.yaml" || echo "$fundps"
+}
 equi() { echo "$equireg/fundps_$task$suffix$([ "$1" = exact ] && echo "" || echo "_$1").yaml"; } # GROUP
 scaled() { # FACTOR "1,2,4"
   awk -v factor="$1" -v list="$2" 'BEGIN {
@@ -104,7 +107,9 @@ case $what in
         fundps) row=(-c "$fundps" "${problem[@]}") ;;
         fundps_t0) row=(-c "$fundps" "${problem[@]}" --model.temperature=0) ;;
         fundps_more) row=(-c "$of_100" "${problem[@]}" --model.num_steps="$more") ;;
-        equi_fundps_*) row=(-c "$fundps" "${problem[@]}" -c "$(equi "${name##*_}")") ;;
+        equi_fundps_*)
+          group=${name##*_}
+          row=(-c "$(beside "$group")" "${problem[@]}" -c "$(equi "$group")") ;;
         field_pigdm) row=(-c "$samplers/$name.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
         *) fail "row '$name' is unknown" ;;
       esac
