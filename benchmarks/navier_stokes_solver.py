@@ -1,4 +1,4 @@
-"""What half spectra and a second process save in generating Navier-Stokes data.
+"""What two fields per FFT and a second process save in generating Navier-Stokes data.
 
     python benchmarks/navier_stokes_solver.py
 
@@ -74,7 +74,7 @@ def main() -> None:
                 w_0 = PeriodicField().from_normals(noise)
                 forms = {
                     "complex, literal": partial(literal, w_0, steps, dt, viscosity, forcing),
-                    "half spectrum": partial(solver, w_0, steps * dt),
+                    "pairs of fields": partial(solver, w_0, steps * dt),
                 }
                 for name, run in forms.items():
                     seconds = seconds_per_sample(run, batch, steps)
@@ -84,7 +84,7 @@ def main() -> None:
             listed = ", ".join(f"{best[name, batch]:.3f} (batch {batch})" for batch in options.batches)
             print(f"  {str(dtype).removeprefix('torch.')} {name:17} {listed}")
         largest = {name: best[name, max(options.batches)] for name in forms}
-        ratios = [times["complex, literal"] / times["half spectrum"] for times in (largest, fastest)]
+        ratios = [times["complex, literal"] / times["pairs of fields"] for times in (largest, fastest)]
         print(f"  ratio of batch {max(options.batches)} {ratios[0]:.2f}, of the fastest {ratios[1]:.2f}")
     literal_w, own_w = (run().double() for run in forms.values())
     print(f"  relative difference in float64 {(literal_w - own_w).norm() / literal_w.norm():.1e}")

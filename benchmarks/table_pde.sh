@@ -93,7 +93,6 @@ case $what in
     more=$5 count=$6
     case ${task}_$steps in
       *_500) rows="fundps equi_fundps_exact" ;;
-      inverse_12percent_*) rows="linear_mmse $completion fundps equi_fundps_exact equi_fundps_flip field_pigdm" ;;
       *)
         rows="linear_mmse $completion diffusion_pde"
         rows+=" fundps fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm" ;;
@@ -119,7 +118,8 @@ case $what in
       keep "$ROOT/$pde/$task/${steps}_$name/metrics.csv" "$RESULTS/$pde/$task/${steps}_$name/metrics.csv"
     done ;;
   tables)
-    linear="linear_mmse linear_mmse_fno linear_mmse_solver"
+    others="linear_mmse linear_mmse_fno linear_mmse_solver diffusion_pde"
+    others+=" fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm"
     table() { # STEM TITLE STEPS TASKS REFERENCE OTHERS: a block per problem whose reference was run
       runs=() names=() blocks=()
       for pde in helmholtz navier_stokes; do
@@ -136,10 +136,8 @@ case $what in
       $PYTHON cli.py compare "${runs[@]}" --names "${names[@]}" --group --group-names "${blocks[@]}" \
         --metrics relative_l2 data_misfit network_evaluations --title "$2" --output "docs/table_pde_$1"
     }
-    table 100 "Fields from 3 % sensors, 64x64, 100 steps" 100 "forward inverse" fundps \
-      "$linear diffusion_pde fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm"
+    table 100 "Fields from 3 % sensors, 64x64, 100 steps" 100 "forward inverse" fundps "$others"
     table 500 "Fields from 3 % sensors, 64x64, 500 steps" 500 inverse fundps equi_fundps_exact
-    table 12percent "Fields from 12 % sensors, 64x64, 100 steps" 100 inverse_12percent fundps \
-      "$linear equi_fundps_exact equi_fundps_flip field_pigdm" ;;
+    table 12percent "Fields from 12 % sensors, 64x64, 100 steps" 100 inverse_12percent fundps "$others" ;;
   *) sed -n '2,/^set/p' "$0" | sed '$d'; exit 2 ;;
 esac

@@ -124,6 +124,16 @@ def test_flows_are_independent_of_their_batch_and_recorded_in_time() -> None:
     assert relative(single.double(), records[..., 1]) < 1e-5
 
 
+@pytest.mark.parametrize("bad", [[1], [0, 2], [0, 1, 2]], ids=str)
+def test_a_field_that_is_not_finite_leaves_the_others_as_they_are(bad: list[int]) -> None:
+    w_0 = PeriodicField().from_normals(doubles(3, 16, 16, 2))
+    solver = NavierStokes(16, dt=1e-2)
+    expected = solver(w_0, horizon=0.1)
+    w_0[bad, 3, 5] = torch.nan
+    expected[bad] = torch.nan
+    torch.testing.assert_close(solver(w_0, horizon=0.1), expected, rtol=0, atol=1e-14, equal_nan=True)
+
+
 @pytest.mark.parametrize(("horizon", "steps"), [(1.0, 1000), (0.07, 70), (0.3, 300), (0.0005, 1), (0.0011, 2)])
 def test_rounding_does_not_add_a_step(horizon: float, steps: int) -> None:
     assert NavierStokes(8, dt=1e-3).steps(horizon) == steps
