@@ -2,6 +2,7 @@
 # The tables of docs/table_pde.md, Table 4 at small scale: search on val fields, the rows on test fields, the tables.
 #
 #   bash benchmarks/table_pde.sh tune_weight PDE TASK STEPS "1,2,4"                FunDPS: c of weight = c sensors
+#   bash benchmarks/table_pde.sh tune_sigma_max PDE TASK STEPS "3,10,80"           FunDPS: the noise level it starts from
 #   bash benchmarks/table_pde.sh tune_diffusion_pde PDE TASK STEPS "10,30,100"     DiffusionPDE: zeta of what is observed
 #   bash benchmarks/table_pde.sh tune_ridge PDE TASK STEPS "0.001,0.01"            FieldPiGDM
 #   bash benchmarks/table_pde.sh tune_lambda PDE TASK STEPS GROUP "0,0.1,0.3,1"    Equi-FunDPS: rho of lambda = rho weight
@@ -22,6 +23,7 @@ DATA=${DATA:-data/pde}              # what is not there is generated as for the 
 PRECISION=${PRECISION:-bf16-mixed}  # of the networks of priors alone: samplers are float64, FNOs float32
 BATCH=${BATCH:-16}
 SEARCHED=${SEARCHED:-32}            # val fields of a search, spread over the split, each with its own sensors and seed
+PLACED=3                            # sigma_max of rows whose steps are placed where they count; published is 80
 # glibc returns arrays of tens of megabytes to the system after every operation: the FNO took twice as long at batch 32
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000}
@@ -77,6 +79,8 @@ case $what in
     weights=$(scaled "$sensors" "$5")
     sweep weight "$steps" -c "$of_100" "${problem[@]}" --model.num_steps="$steps" \
       --over "model.weight=$weights" "${@:6}" ;;
+  tune_sigma_max)
+    sweep sigma_max "$steps" -c "$fundps" "${problem[@]}" --over "model.sigma_max=$5" "${@:6}" ;;
   tune_diffusion_pde)
     zeta=$([ "$direction" = inverse ] && echo zeta_u || echo zeta_a)
     sweep zeta "$steps" -c "$samplers/diffusion_pde_$direction.yaml" "${problem[@]}" --model.num_steps="$steps" \
@@ -95,7 +99,8 @@ case $what in
       *_500) rows="fundps equi_fundps_exact" ;;
       *)
         rows="linear_mmse $completion diffusion_pde"
-        rows+=" fundps fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm" ;;
+        rows+=" fundps fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm"
+        rows+=" fundps_placed equi_fundps_placed" ;;
     esac
     for name in ${ONLY:-$rows}; do
       case $name in # every run names its sampler first, and a regulariser last: one of weight 0 measures
@@ -105,7 +110,10 @@ case $what in
         diffusion_pde) row=(-c "$samplers/${name}_$direction.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
         fundps) row=(-c "$fundps" "${problem[@]}") ;;
         fundps_t0) row=(-c "$fundps" "${problem[@]}" --model.temperature=0) ;;
+        fundps_placed) row=(-c "$fundps" "${problem[@]}" --model.sigma_max="$PLACED") ;;
         fundps_more) row=(-c "$of_100" "${problem[@]}" --model.num_steps="$more") ;;
+        equi_fundps_placed)
+          row=(-c "$(beside exact)" "${problem[@]}" -c "$(equi exact)" --model.sigma_max="$PLACED") ;;
         equi_fundps_*)
           group=${name##*_}
           row=(-c "$(beside "$group")" "${problem[@]}" -c "$(equi "$group")") ;;
@@ -119,7 +127,7 @@ case $what in
     done ;;
   tables)
     others="linear_mmse linear_mmse_fno linear_mmse_solver diffusion_pde"
-    others+=" fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm"
+    others+=" fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm fundps_placed equi_fundps_placed"
     table() { # STEM TITLE STEPS TASKS REFERENCE OTHERS: a block per problem whose reference was run
       runs=() names=() blocks=()
       for pde in helmholtz navier_stokes; do

@@ -20,8 +20,14 @@ FIELDS: dict[PDE, tuple[str, str]] = {
     "helmholtz": ("source", "solution"),
 }
 """The unknown a and the observed u of each equation."""
-SAMPLERS = {"FunDPS": "measure", "Equi-FunDPS": "fundps_inverse"}
-"""Rows of the table and their regularisers; that of FunDPS only measures."""
+SAMPLERS: dict[str, dict[PDE, tuple[str, str]]] = {
+    "FunDPS": dict.fromkeys(FIELDS, ("fundps_inverse", "measure")),
+    "Equi-FunDPS": {
+        "navier_stokes": ("fundps_inverse_exact", "fundps_inverse"),
+        "helmholtz": ("fundps_inverse", "fundps_inverse"),
+    },
+}
+"""Rows of the table, for each equation their sampler and their regulariser; that of FunDPS only measures."""
 SIDE = 64
 COUNT = 2
 """Fields per equation; the first one is pictured."""
@@ -34,11 +40,11 @@ def restore_fields(part: Part) -> str:
     runs: Runs = {}
     for pde, (unknown, observed) in FIELDS.items():
         title = EQUATIONS[pde].title
-        for sampler, regulariser in SAMPLERS.items():
+        for sampler in SAMPLERS:
             runs[title, sampler] = part.predict(
                 title=f"{title}, {unknown} from sensors on the {observed}, {sampler}",
                 name=f"{pde}/{sampler.lower()}",
-                configs=_configs(pde, f"{pde}{SIDE}", regulariser),
+                configs=_configs(pde, f"{pde}{SIDE}", sampler),
                 data=(f"--data.folder={data}", f"--data.generate_test={COUNT}", f"--data.limit={COUNT}"),
             )
     part.tabulate(runs, ["relative_l2", "data_misfit", "equivariance_error"], f"{COUNT} fields per equation")
@@ -88,7 +94,7 @@ def draw(runs: Runs, data: Path) -> Figure:
 def _own_sensors(folder: Path) -> str:
     """The command that restores the first measurement of the part once more, given as a file."""
     pde, equation = "navier_stokes", f"navier_stokes{SIDE}"
-    configs = _configs(pde, f"{equation}_given", SAMPLERS["Equi-FunDPS"])
+    configs = _configs(pde, f"{equation}_given", "Equi-FunDPS")
     measurement = _first_file(folder / pde / "fundps/measurements", ".npz")
     lines = [
         *(f"-c configs/{config}.yaml" for config in configs),
@@ -97,10 +103,11 @@ def _own_sensors(folder: Path) -> str:
     return " \\\n    ".join([".venv/bin/python cli.py predict", *lines])
 
 
-def _configs(pde: PDE, data: str, regulariser: str) -> tuple[str, ...]:
+def _configs(pde: PDE, data: str, sampler: str) -> tuple[str, ...]:
+    weights, regulariser = SAMPLERS[sampler][pde]
     return (
         f"data/{data}",
-        f"sampler/{pde}{SIDE}/fundps_inverse",
+        f"sampler/{pde}{SIDE}/{weights}",
         f"prior/{pde}{SIDE}",
         f"task/fields{SIDE}/inverse",
         f"equireg/{pde}{SIDE}/{regulariser}",
