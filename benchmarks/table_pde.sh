@@ -23,7 +23,6 @@ DATA=${DATA:-data/pde}              # what is not there is generated as for the 
 PRECISION=${PRECISION:-bf16-mixed}  # of the networks of priors alone: samplers are float64, FNOs float32
 BATCH=${BATCH:-16}
 SEARCHED=${SEARCHED:-32}            # val fields of a search, spread over the split, each with its own sensors and seed
-PLACED=3                            # sigma_max of rows whose steps are placed where they count; published is 80
 # glibc returns arrays of tens of megabytes to the system after every operation: the FNO took twice as long at batch 32
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000}
@@ -50,8 +49,9 @@ equireg=configs/equireg/${pde}64
 
 of_100=$samplers/fundps_$task.yaml
 fundps=$samplers/fundps_$task$suffix.yaml
-beside() { # GROUP: FunDPS at the weight that it has beside the penalty, where that is another one
-  [ -f "${fundps%.yaml}_$1.yaml" ] && echo "${fundps%.yaml}_$1.yaml" || echo "$fundps"
+placed=${fundps%.yaml}_placed.yaml
+beside() { # FUNDPS GROUP: FunDPS at the weight that it has beside the penalty, where that is another one
+  [ -f "${1%.yaml}_$2.yaml" ] && echo "${1%.yaml}_$2.yaml" || echo "$1"
 }
 equi() { echo "$equireg/fundps_$task$suffix$([ "$1" = exact ] && echo "" || echo "_$1").yaml"; } # GROUP
 scaled() { # FACTOR "1,2,4"
@@ -100,26 +100,27 @@ case $what in
       *)
         rows="linear_mmse $completion diffusion_pde"
         rows+=" fundps fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm"
-        rows+=" fundps_placed equi_fundps_placed" ;;
+        if [ -f "$placed" ]; then
+          rows+=" fundps_placed equi_fundps_placed fundps_placed_t0 equi_fundps_placed_t0"
+        fi ;;
     esac
     for name in ${ONLY:-$rows}; do
-      case $name in # every run names its sampler first, and a regulariser last: one of weight 0 measures
+      case ${name%_t0} in # every run names its sampler first, and a regulariser last: one of weight 0 measures
         linear_mmse) row=(-c configs/sampler/fields/linear_mmse.yaml -c "configs/task/fields64/$task.yaml") ;;
         linear_mmse_solver) row=(-c configs/sampler/fields/$name.yaml -c "configs/task/fields64/$task.yaml") ;;
         linear_mmse_fno) row=(-c "$samplers/$name.yaml" -c "configs/task/fields64/$task.yaml") ;;
         diffusion_pde) row=(-c "$samplers/${name}_$direction.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
         fundps) row=(-c "$fundps" "${problem[@]}") ;;
-        fundps_t0) row=(-c "$fundps" "${problem[@]}" --model.temperature=0) ;;
-        fundps_placed) row=(-c "$fundps" "${problem[@]}" --model.sigma_max="$PLACED") ;;
+        fundps_placed) row=(-c "$placed" "${problem[@]}") ;;
         fundps_more) row=(-c "$of_100" "${problem[@]}" --model.num_steps="$more") ;;
-        equi_fundps_placed)
-          row=(-c "$(beside exact)" "${problem[@]}" -c "$(equi exact)" --model.sigma_max="$PLACED") ;;
+        equi_fundps_placed) row=(-c "$(beside "$placed" exact)" "${problem[@]}" -c "$(equi exact)") ;;
         equi_fundps_*)
           group=${name##*_}
-          row=(-c "$(beside "$group")" "${problem[@]}" -c "$(equi "$group")") ;;
+          row=(-c "$(beside "$fundps" "$group")" "${problem[@]}" -c "$(equi "$group")") ;;
         field_pigdm) row=(-c "$samplers/$name.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
         *) fail "row '$name' is unknown" ;;
       esac
+      [[ $name != *_t0 ]] || row+=(--model.temperature=0)
       [[ $name == equi_* ]] || row+=(-c "$equireg/measure.yaml")
       $PYTHON cli.py predict "${data[@]}" "${row[@]}" "${common[@]}" --data.limit="$count" \
         --name="$pde/$task/${steps}_$name"
@@ -127,7 +128,8 @@ case $what in
     done ;;
   tables)
     others="linear_mmse linear_mmse_fno linear_mmse_solver diffusion_pde"
-    others+=" fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm fundps_placed equi_fundps_placed"
+    others+=" fundps_more equi_fundps_exact equi_fundps_flip fundps_placed equi_fundps_placed"
+    others+=" fundps_t0 fundps_placed_t0 equi_fundps_placed_t0 field_pigdm"
     table() { # STEM TITLE STEPS TASKS REFERENCE OTHERS: a block per problem whose reference was run
       runs=() names=() blocks=()
       for pde in helmholtz navier_stokes; do
