@@ -20,14 +20,11 @@ FIELDS: dict[PDE, tuple[str, str]] = {
     "helmholtz": ("source", "solution"),
 }
 """The unknown a and the observed u of each equation."""
-SAMPLERS: dict[str, dict[PDE, tuple[str, str]]] = {
-    "FunDPS": dict.fromkeys(FIELDS, ("fundps_inverse", "measure")),
-    "Equi-FunDPS": {
-        "navier_stokes": ("fundps_inverse_exact", "fundps_inverse"),
-        "helmholtz": ("fundps_inverse", "fundps_inverse"),
-    },
+SAMPLERS = {
+    "FunDPS": ("fundps_inverse_placed", "measure"),
+    "Equi-FunDPS": ("fundps_inverse_placed_exact", "fundps_inverse"),
 }
-"""Rows of the table, for each equation their sampler and their regulariser; that of FunDPS only measures."""
+"""Rows of the table, their samplers and regularisers; that of FunDPS only measures."""
 SIDE = 64
 COUNT = 2
 """Fields per equation; the first one is pictured."""
@@ -104,10 +101,10 @@ def _own_sensors(folder: Path) -> str:
 
 
 def _configs(pde: PDE, data: str, sampler: str) -> tuple[str, ...]:
-    weights, regulariser = SAMPLERS[sampler][pde]
+    settings, regulariser = SAMPLERS[sampler]
     return (
         f"data/{data}",
-        f"sampler/{pde}{SIDE}/{weights}",
+        f"sampler/{pde}{SIDE}/{settings}",
         f"prior/{pde}{SIDE}",
         f"task/fields{SIDE}/inverse",
         f"equireg/{pde}{SIDE}/{regulariser}",
