@@ -96,16 +96,17 @@ case $what in
   rows)
     more=$5 count=$6
     case ${task}_$steps in
-      *_500) rows="fundps equi_fundps_exact" ;;
+      *_500) rows="fundps equi_fundps_exact equi_fundps_exact_t0" ;;
       *)
-        rows="linear_mmse $completion diffusion_pde"
-        rows+=" fundps fundps_more equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm"
+        rows="linear_mmse $completion diffusion_pde fundps equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm"
+        if [ "$task" = "$direction" ]; then rows+=" fundps_more"; fi
         if [ -f "$placed" ]; then
           rows+=" fundps_placed equi_fundps_placed fundps_placed_t0 equi_fundps_placed_t0"
         fi ;;
     esac
     for name in ${ONLY:-$rows}; do
-      case ${name%_t0} in # every run names its sampler first, and a regulariser last: one of weight 0 measures
+      sampler=${name%_t0}
+      case $sampler in # every run names its sampler first, and a regulariser last: one of weight 0 measures
         linear_mmse) row=(-c configs/sampler/fields/linear_mmse.yaml -c "configs/task/fields64/$task.yaml") ;;
         linear_mmse_solver) row=(-c configs/sampler/fields/$name.yaml -c "configs/task/fields64/$task.yaml") ;;
         linear_mmse_fno) row=(-c "$samplers/$name.yaml" -c "configs/task/fields64/$task.yaml") ;;
@@ -115,7 +116,7 @@ case $what in
         fundps_more) row=(-c "$of_100" "${problem[@]}" --model.num_steps="$more") ;;
         equi_fundps_placed) row=(-c "$(beside "$placed" exact)" "${problem[@]}" -c "$(equi exact)") ;;
         equi_fundps_*)
-          group=${name##*_}
+          group=${sampler##*_}
           row=(-c "$(beside "$fundps" "$group")" "${problem[@]}" -c "$(equi "$group")") ;;
         field_pigdm) row=(-c "$samplers/$name.yaml" "${problem[@]}" --model.num_steps="$steps") ;;
         *) fail "row '$name' is unknown" ;;
@@ -147,7 +148,7 @@ case $what in
         --metrics relative_l2 data_misfit network_evaluations --title "$2" --output "docs/table_pde_$1"
     }
     table 100 "Fields from 3 % sensors, 64x64, 100 steps" 100 "forward inverse" fundps "$others"
-    table 500 "Fields from 3 % sensors, 64x64, 500 steps" 500 inverse fundps equi_fundps_exact
+    table 500 "Fields from 3 % sensors, 64x64, 500 steps" 500 inverse fundps "equi_fundps_exact equi_fundps_exact_t0"
     table 12percent "Fields from 12 % sensors, 64x64, 100 steps" 100 inverse_12percent fundps "$others" ;;
   *) sed -n '2,/^set/p' "$0" | sed '$d'; exit 2 ;;
 esac
