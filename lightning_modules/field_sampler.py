@@ -22,7 +22,8 @@ class FieldSampler(PosteriorSampler):
         prior: a prior on fields.
         operator: the sensors.
         num_steps: noise levels above 0.
-        sigma_max, sigma_min, rho: the levels, see ``EDMPrior.steps``.
+        sigma_max, sigma_min, rho: the levels, see ``EDMPrior.steps``. Far above the fields' standard deviation, 0.5
+            normalised, nothing is decided: of few steps more count when the first is at 3 and not at the published 80.
         residual: the equation's residual; the published one of the prior's equation when left out.
         temperature: factor of the initial noise. 1 draws from the posterior; towards 0 the draws gather around its
             middle, which halves the squared error of a mean: where all is Gaussian, exact guidance ends at the
