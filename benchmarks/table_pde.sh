@@ -96,10 +96,10 @@ case $what in
   rows)
     more=$5 count=$6
     case ${task}_$steps in
-      *_500) rows="fundps equi_fundps_exact equi_fundps_exact_t0" ;;
+      *_500) rows="fundps equi_fundps_exact" ;;
       *)
         rows="linear_mmse $completion diffusion_pde fundps equi_fundps_exact equi_fundps_flip fundps_t0 field_pigdm"
-        if [ "$task" = "$direction" ]; then rows+=" fundps_more"; fi
+        if [ "$task" = "$direction" ]; then rows+=" fundps_more fundps_more_t0"; fi
         if [ -f "$placed" ]; then
           rows+=" fundps_placed equi_fundps_placed fundps_placed_t0 equi_fundps_placed_t0"
         fi ;;
@@ -130,7 +130,7 @@ case $what in
   tables)
     others="linear_mmse linear_mmse_fno linear_mmse_solver diffusion_pde"
     others+=" fundps_more equi_fundps_exact equi_fundps_flip fundps_placed equi_fundps_placed"
-    others+=" fundps_t0 fundps_placed_t0 equi_fundps_placed_t0 field_pigdm"
+    others+=" fundps_t0 fundps_more_t0 fundps_placed_t0 equi_fundps_placed_t0 field_pigdm"
     table() { # STEM TITLE STEPS TASKS REFERENCE OTHERS: a block per problem whose reference was run
       runs=() names=() blocks=()
       for pde in helmholtz navier_stokes; do
@@ -148,7 +148,7 @@ case $what in
         --metrics relative_l2 data_misfit network_evaluations --title "$2" --output "docs/table_pde_$1"
     }
     table 100 "Fields from 3 % sensors, 64x64, 100 steps" 100 "forward inverse" fundps "$others"
-    table 500 "Fields from 3 % sensors, 64x64, 500 steps" 500 inverse fundps "equi_fundps_exact equi_fundps_exact_t0"
+    table 500 "Fields from 3 % sensors, 64x64, 500 steps" 500 inverse fundps equi_fundps_exact
     table 12percent "Fields from 12 % sensors, 64x64, 100 steps" 100 inverse_12percent fundps "$others" ;;
   *) sed -n '2,/^set/p' "$0" | sed '$d'; exit 2 ;;
 esac

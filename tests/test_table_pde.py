@@ -11,7 +11,7 @@ from tests.benchmark_scripts import files
 from tests.golden import ROOT
 
 PDES = ("helmholtz", "navier_stokes")
-ROWS = {("forward", 100): 9, ("inverse", 100): 13, ("inverse_12percent", 100): 8, ("inverse", 500): 3}
+ROWS = {("forward", 100): 10, ("inverse", 100): 14, ("inverse_12percent", 100): 8, ("inverse", 500): 2}
 SEARCHES = {
     "tune_weight": ("1,2.5",),
     "tune_diffusion_pde": ("10,30",),
