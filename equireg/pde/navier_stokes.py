@@ -116,7 +116,7 @@ class NavierStokes:
     def _integrate_pairs(
         w_0: Tensor, steps: int, count: int, derivatives: Tensor, decay: Tensor, gain: Tensor, source: Tensor
     ) -> Tensor:
-        """Records (B, N, N, count) of complex fields (B, N, N); their parts meet in no product."""
+        """Records (B, N, N, count) of complex fields (B, N, N), whose real and imaginary parts are two flows."""
         w_hat = torch.fft.fft2(w_0)
         products = w_hat.new_empty(4, *w_hat.shape)
         recorded = []
@@ -145,8 +145,8 @@ class NavierStokes:
         diffusion = 0.5 * self.dt * self.viscosity * laplacian
         kept = (k_1.abs() <= n / 3) & (k_2.abs() <= n / 3)
         gain = -self.dt * kept.double() / (1 + diffusion)
-        forcing = torch.complex(self.forcing, self.forcing).cpu()  # the same on both fields of a pair
-        source = self.dt * torch.fft.fft2(forcing) / (1 + diffusion)
+        both = 1 + 1j  # the forcing acts on either field of a pair
+        source = both * self.dt * torch.fft.fft2(self.forcing.cpu()) / (1 + diffusion)
         return (
             derivatives[:, None].to(like),
             ((1 - diffusion) / (1 + diffusion)).to(like.real),
